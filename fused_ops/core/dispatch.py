@@ -1,0 +1,286 @@
+"""Which implementation serves a call.
+
+An `Op` is an ordered tuple of `Backend`s. A backend asked for by name serves the call or raises; `auto` takes the first
+that can serve it, has been verified on a GPU (if it is a GPU kernel) and is not slower than `reference` there.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+
+from fused_ops.core import device, extension, verified
+from fused_ops.core.errors import BackendUnavailable
+
+logger = logging.getLogger("fused_ops")
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+OPS: dict[str, "Op"] = {}
+_PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
+_KEYS = {"cuda": "CUDA", "cpu": "CPU"}
+
+_context: str | None = None
+_logged: set[tuple[str, str, str]] = set()
+_recordings: list[list["Choice"]] = []
+_explaining = False
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    Args:
+        name: one of `NAMES`.
+        run: takes the op's call, validated.
+        supports: takes the same call; None, or why this backend cannot serve it.
+        worthwhile: for `auto`: None, or why it would be slower than `reference` (naming the measurement's file).
+        needs: the op that must be registered in `_C.so`.
+        kernel: its entry in `verified`, for kernels that run on a GPU.
+    """
+
+    name: str
+    run: Callable
+    supports: Callable = lambda *call: None
+    worthwhile: Callable = lambda *call: None
+    needs: str | None = None
+    kernel: verified.Kernel | None = None
+
+    def missing(self, tensor: torch.Tensor) -> str | None:
+        """Why this backend does not exist for `tensor`'s device, whatever the call."""
+        if self.name == "cuda" and not tensor.is_cuda:
+            return "needs a tensor on a GPU"
+        if self.name == "cpu" and not tensor.is_cpu:
+            return "needs a tensor on the CPU"
+        if self.name == "triton":
+            if not device.TRITON_INSTALLED:
+                return "triton is not installed"
+            if not (tensor.is_cuda or (tensor.is_cpu and device.TRITON_INTERPRETED)):
+                return "needs a tensor on a GPU (or TRITON_INTERPRET=1 on the CPU)"
+        if self.needs is not None and not extension.has_kernel(self.needs, _KEYS[self.name]):
+            return extension.kernels_missing or f"_C.so was built without {self.name} kernels"
+        if self.name == "cuda":
+            return device.architecture_missing(tensor.get_device())
+        return None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What served one call of one op, and why nothing before it did."""
+
+    op: str
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` returns: `rows` of (backend, verdict, reason); printing it gives a table."""
+
+    op: str
+    chosen: str | None
+    rows: tuple[tuple[str, str, str], ...] = field(default=())
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.chosen or 'nothing serves this call'}"]
+        lines += [f"  {name:<10} {verdict:<8} {reason}".rstrip() for name, verdict, reason in self.rows]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+class _Explained(BaseException):
+    """Leaves a public function at the moment of choice: nothing has run yet."""
+
+    def __init__(self, explanation: Explanation):
+        self.explanation = explanation
+
+
+class Op:
+    """A public function's backends, in order of preference; the last is `reference`, which serves everything.
+
+    Args:
+        autocast: "cast" if torch's autocast lowers this op's inputs, "reference" if it works inside the op.
+    """
+
+    def __init__(self, name: str, *backends: Backend, autocast: str = "reference"):
+        self.name, self.backends, self.autocast = name, backends, autocast
+        self.by_name = {backend.name: backend for backend in backends}
+        OPS[name] = self
+
+    def __call__(self, requested: str | None, tensors: tuple, *call):
+        """Run `call` on the backend chosen for it. `tensors` are its tensors (None allowed), the first never None."""
+        first = tensors[0]
+        if torch.is_autocast_enabled("cuda" if first.is_cuda else "cpu"):
+            if self.autocast == "cast":
+                tensors, call = _lowered(first, tensors), _lowered(first, call)
+        if _explaining:
+            raise _Explained(self.explain(requested, tensors, call))
+        return self.choose(requested, tensors, call).run(*call)
+
+    def choose(self, requested: str | None, tensors: tuple, call: tuple) -> Backend:
+        named, binding = self._named(requested)
+        oddity = self._oddity(tensors)
+        if named is not None:
+            if named not in self.by_name:
+                raise BackendUnavailable(f"{self.name} has no {named} backend, it has {', '.join(self.by_name)}")
+            backend = self.by_name[named]
+            reason = _refusal(backend, oddity, tensors[0], call)
+            if reason is not None:
+                raise BackendUnavailable(f"{self.name}: {binding} asks for {named}, which {reason}")
+            if _recordings:
+                _note(Choice(self.name, named, f"asked for by {binding}"))
+            return backend
+        why = ""
+        for backend in self.backends:
+            reason = _refusal(backend, oddity, tensors[0], call) or _reluctance(backend, call)
+            if reason is None:
+                break
+            why = f"{why}; {backend.name} {reason}" if why else f"{backend.name} {reason}"
+        if not torch.compiler.is_compiling():
+            self._log(backend, why, tensors[0].is_cuda)
+        return backend
+
+    def explain(self, requested: str | None, tensors: tuple, call: tuple) -> Explanation:
+        named, binding = self._named(requested)
+        oddity, chosen, rows = self._oddity(tensors), None, []
+        for backend in self.backends:
+            reason = _refusal(backend, oddity, tensors[0], call)
+            if named is None and reason is None and chosen is None:
+                reason = _reluctance(backend, call)
+            if reason is not None:
+                rows.append((backend.name, "refused", reason))
+            elif chosen is None and named in (None, backend.name):
+                chosen = backend.name
+                rows.append((backend.name, "chosen", f"asked for by {binding}" if named else ""))
+            else:
+                rows.append((backend.name, "passed", f"{named or chosen} comes first"))
+        if named is not None and named not in self.by_name:
+            rows.append((named, "refused", f"{self.name} has no {named} backend"))
+        return Explanation(self.name, chosen, tuple(rows))
+
+    def _named(self, requested: str | None) -> tuple[str | None, str]:
+        """The backend that binds this call (None: auto) and where the request comes from."""
+        if requested is not None:
+            _check_name("backend", requested)
+            return (None if requested == "auto" else requested), "backend="
+        name, binding = _context, "use_backend"
+        if name is None:
+            name, binding = os.environ.get("FUSED_OPS_BACKEND") or "auto", "FUSED_OPS_BACKEND"
+            _check_name("FUSED_OPS_BACKEND (the default of backend)", name)
+        return (name if name in self.by_name else None), binding
+
+    def _oddity(self, tensors: tuple) -> str | None:
+        """What about these tensors, or the mode they are used in, only `reference` handles."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "does not run under a functorch transform"
+        if forward_ad._current_level >= 0:
+            return "does not run under forward-mode AD"
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            if type(tensor) not in _PLAIN:
+                return f"has no rule for the tensor subclass {type(tensor).__name__}"
+            if tensor.is_nested or tensor.layout is not torch.strided:
+                return "takes dense strided tensors only"
+        if self.autocast == "reference" and torch.is_autocast_enabled("cuda" if tensors[0].is_cuda else "cpu"):
+            return "leaves autocast to torch"
+        return None
+
+    def _log(self, backend: Backend, why: str, on_gpu: bool) -> None:
+        if _recordings:
+            _note(Choice(self.name, backend.name, why))
+        entry = (self.name, backend.name, why)
+        if entry in _logged:
+            return
+        _logged.add(entry)
+        level = logging.WARNING if on_gpu and backend.name == "reference" else logging.INFO
+        logger.log(level, "%s runs on %s%s", self.name, backend.name, f" ({why})" if why else "")
+
+
+def _refusal(backend: Backend, oddity: str | None, tensor: torch.Tensor, call: tuple) -> str | None:
+    if backend.name == "reference":
+        return None
+    return oddity or backend.missing(tensor) or backend.supports(*call)
+
+
+def _reluctance(backend: Backend, call: tuple) -> str | None:
+    if backend.kernel is not None and verified.experimental(backend.kernel.name):
+        return "is experimental: no GPU run has verified it since its source last changed"
+    return backend.worthwhile(*call)
+
+
+def _lowered(first: torch.Tensor, values: tuple) -> tuple:
+    dtype = torch.get_autocast_dtype("cuda" if first.is_cuda else "cpu")
+    return tuple(
+        value.to(dtype)
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        else value
+        for value in values
+    )
+
+
+def _check_name(argument: str, name: str) -> None:
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"{argument} must be one of {', '.join(NAMES)}, auto or None, got {name!r}")
+
+
+def _note(choice: Choice) -> None:
+    for recording in _recordings:
+        recording.append(choice)
+
+
+class use_backend:  # noqa: N801 - a context manager, named like torch.no_grad
+    """Within the block, ops that have backend `name` use it (and raise `BackendUnavailable` where it cannot serve a
+    call); the others run `auto`. None and "auto" reset to `auto`. A `backend=` argument takes precedence.
+
+    Raises:
+        ValueError: `name` is no backend.
+    """
+
+    def __init__(self, name: str | None):
+        self.name = "auto" if name is None else name
+        _check_name("backend", self.name)
+
+    def __enter__(self) -> None:
+        global _context
+        self.previous, _context = _context, self.name
+
+    def __exit__(self, *error) -> None:
+        global _context
+        _context = self.previous
+
+
+@contextmanager
+def record():
+    """Within the block, collect every `Choice` made: `with record() as choices: model(x)`."""
+    choices: list[Choice] = []
+    _recordings.append(choices)
+    try:
+        yield choices
+    finally:
+        _recordings.remove(choices)
+
+
+def explain(fn: Callable, *args, **kwargs) -> Explanation:
+    """Which backend would serve `fn(*args, **kwargs)`, and why the others would not. Nothing is computed.
+
+    `fn` is a public function or a module of this package; of a module with several ops, the first one is explained.
+
+    Raises:
+        ValueError: `fn` reached none of the package's ops. Errors in the arguments are raised as by `fn` itself.
+    """
+    global _explaining
+    outer, _explaining = _explaining, True
+    try:
+        fn(*args, **kwargs)
+    except _Explained as found:
+        return found.explanation
+    finally:
+        _explaining = outer
+    raise ValueError(f"fn must be a function or module of fused_ops, got {fn!r}")

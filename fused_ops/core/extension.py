@@ -1,0 +1,66 @@
+"""Loads the compiled parts. Nothing here raises: why something is missing is kept as text, for `info` and `explain`.
+
+setup.py appends a line to `_C.so`, `TRAILER` and JSON: the CRC-32 of what precedes it, and the SHA-256 of every source.
+"""
+
+import json
+import platform
+import struct
+import zlib
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+TRAILER = b"\nfused_ops:"
+_ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
+
+
+def damage(data: bytes) -> str | None:
+    """Why a file of these bytes must not be handed to the dynamic loader (which dies of a cut one), or None."""
+    if len(data) < 64 or data[:5] != b"\x7fELF\x02":
+        return "not a 64-bit ELF file"
+    machine = struct.unpack_from("<H", data, 18)[0]
+    if machine != _ELF_MACHINES.get(platform.machine(), machine):
+        return f"built for another processor (ELF machine {machine})"
+    table = struct.unpack_from("<Q", data, 40)[0]
+    entry_size, entries = struct.unpack_from("<2H", data, 58)
+    if table + entry_size * entries > len(data):
+        return f"truncated: {len(data)} bytes where its headers promise {table + entry_size * entries}"
+    body, mark, tail = data.rpartition(TRAILER)
+    if mark and zlib.crc32(body) != json.loads(tail)["crc32"]:
+        return "corrupt: its checksum does not match"
+    return None
+
+
+def _load_kernels() -> tuple[str | None, dict[str, str]]:
+    """(Why there are no compiled kernels, hashes of the sources they were built from.)"""
+    path = Path(__file__).parent.parent / "_C.so"
+    if not path.is_file():
+        return "_C.so was not built", {}
+    try:
+        data = path.read_bytes()
+        reason = damage(data)
+        if reason is None:
+            torch.ops.load_library(str(path))
+            _, mark, tail = data.rpartition(TRAILER)
+            return None, json.loads(tail)["sources"] if mark else {}
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+    return f"_C.so did not load: {reason}", {}
+
+
+def _load_host():
+    try:
+        return import_module("fused_ops._host"), None
+    except ImportError as error:
+        return None, f"_host did not load: {error}"
+
+
+kernels_missing, sources = _load_kernels()
+host, host_missing = _load_host()
+
+
+def has_kernel(op: str, key: str) -> bool:
+    """Whether fused_ops::`op` has a kernel for dispatch key `key` ("CPU", "CUDA")."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_ops::{op}", key)
