@@ -4,6 +4,19 @@ from torch import Tensor
 
 from fused_ops.attention import op, reference
 from fused_ops.attention.reference import Score
+from fused_ops.attention.validation import (
+    check_dropout,
+    check_groups,
+    check_heads,
+    check_lengths,
+    check_longest,
+    check_mask,
+    check_per_head,
+    check_qkv,
+    check_softcap,
+    check_tensors,
+    check_window,
+)
 from fused_ops.core import verified
 from fused_ops.core.dispatch import Backend, Op
 from fused_ops.core.errors import ArgumentError
@@ -82,19 +95,23 @@ def scaled_dot_product_attention(
 
     Source: Vaswani et al. 2017, section 3.2.1; the Triton kernel follows Dao 2023 (FlashAttention-2), section 3.1.
     """
-    _check_qkv(query, key, value, enable_gqa)
-    _check_mask(query, key, attn_mask, is_causal)
+    check_qkv(query, key, value, enable_gqa)
+    if attn_mask is not None:
+        check_mask(query, key, attn_mask, is_causal)
     if not 0.0 <= dropout_p <= 1.0:
         raise ArgumentError("dropout_p", "between 0 and 1", dropout_p)
     if causal_alignment != "top_left" and causal_alignment != "bottom_right":
         raise ArgumentError("causal_alignment", "top_left or bottom_right", repr(causal_alignment))
-    left, right = (-1, -1) if window is None else _check_window(window)
-    if softcap is not None and not softcap > 0.0:
-        raise ArgumentError("softcap", "positive", softcap)
-    _check_per_head("alibi_slopes", alibi_slopes, query)
-    _check_per_head("sinks", sinks, query)
-    scale = query.size(-1) ** -0.5 if scale is None and query.size(-1) else scale or 1.0
-    score = Score(scale, is_causal, causal_alignment == "bottom_right", left, right, softcap)
+    if scale is None:
+        scale = max(query.size(-1), 1) ** -0.5
+    if window is None and softcap is None and alibi_slopes is None and sinks is None:
+        score = Score(scale, is_causal, causal_alignment == "bottom_right")
+    else:
+        left, right = check_window(window)
+        check_softcap(softcap)
+        check_per_head("alibi_slopes", alibi_slopes, query)
+        check_per_head("sinks", sinks, query)
+        score = Score(scale, is_causal, causal_alignment == "bottom_right", left, right, softcap)
     return _ATTENTION(
         backend,
         (query, key, value, attn_mask, alibi_slopes, sinks),
@@ -102,49 +119,164 @@ def scaled_dot_product_attention(
     )  # fmt: skip
 
 
-def _check_qkv(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
-        if tensor.dim() < 2:
-            raise ArgumentError(name, "at least 2-dimensional", f"shape {tuple(tensor.shape)}")
-        if tensor.dtype != query.dtype:
-            raise ArgumentError(name, f"of query's dtype {query.dtype}", tensor.dtype)
-        if tensor.device != query.device:
-            raise ArgumentError(name, f"on query's device {query.device}", tensor.device)
-    if key.size(-1) != query.size(-1):
-        raise ArgumentError("key", f"(..., Lk, {query.size(-1)}) like query", f"shape {tuple(key.shape)}")
-    if value.size(-2) != key.size(-2):
-        raise ArgumentError("value", f"(..., {key.size(-2)}, Dv) like key", f"shape {tuple(value.shape)}")
-    if enable_gqa:
-        if query.dim() < 3 or key.dim() < 3 or key.size(-3) == 0 or query.size(-3) % key.size(-3):
-            raise ArgumentError("key", "of a head count that divides query's", f"{key.shape} for {query.shape}")
-        if value.size(-3) != key.size(-3):
-            raise ArgumentError("value", f"of {key.size(-3)} heads like key", value.size(-3))
+_VARLEN = Op("varlen_attention", Backend("reference", op.varlen_reference))
 
 
-def _check_mask(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
-    if attn_mask is None:
-        return
-    if is_causal:
-        raise ArgumentError("attn_mask", "None when is_causal=True", f"shape {tuple(attn_mask.shape)}")
-    if not attn_mask.is_floating_point() and attn_mask.dtype.itemsize != 1:
-        raise ArgumentError("attn_mask", "bool or floating point", attn_mask.dtype)
-    wanted = (*query.shape[:-1], key.size(-2))
-    if attn_mask.dim() > len(wanted) or any(
-        have not in (1, want) for have, want in zip(reversed(attn_mask.shape), reversed(wanted))
-    ):
-        raise ArgumentError("attn_mask", f"broadcastable to {tuple(wanted)}", f"shape {tuple(attn_mask.shape)}")
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""`scaled_dot_product_attention` within each sequence of a packed batch, aligned bottom-right.
+
+    Sequence b has queries query[cu_seqlens_q[b] : cu_seqlens_q[b+1]] and likewise its keys and values; it gives
+    softmax(s) · v with s = softcap·tanh(scale·q·kᵀ / softcap) − slope·|i + Lk − Lq − j|, Lq and Lk its own lengths.
+
+    Args:
+        query: (total_q, heads, D), the sequences one after another.
+        key: (total_k, kv_heads, D); kv_heads divides heads, query head h uses key head h // (heads / kv_heads).
+        value: (total_k, kv_heads, Dv).
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,), int32 or int64: 0, then where each sequence ends. Lengths may be 0.
+        max_seqlen_q, max_seqlen_k: at least the longest length.
+        is_causal: query i of a sequence sees its keys j ≤ i + Lk − Lq.
+        scale: default 1/√D.
+        window: (left, right), the number of keys seen either side of that diagonal, −1 for no bound.
+        softcap: bound of the scores, > 0.
+        alibi_slopes: (heads,), ALiBi (Press et al. 2022, section 3).
+        sinks: (heads,), adds exp(sink) to the softmax's denominator.
+        dropout_p: probability of dropping an attention weight, in [0, 1].
+        return_lse: also return the natural log-sum-exp of each row, float32, (heads, total_q), differentiable.
+        backend: "reference" or "auto"; default as set by `use_backend`.
+
+    Returns:
+        (total_q, heads, Dv), and the log-sum-exp if asked for. A row that sees no key gives 0, and −inf.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was wanted and what came. The values of cu_seqlens are checked
+            on the CPU; on a GPU they are never read back, and wrong ones give wrong results.
+        BackendUnavailable: `backend` cannot serve the call.
+
+    Source: Vaswani et al. 2017, section 3.2.1; the packed layout is FlashAttention's (Dao 2023).
+    """
+    check_tensors("total, heads, dim", query=query, key=key, value=value)
+    check_groups("key", query.size(1), key.size(1))
+    check_lengths("cu_seqlens_q", cu_seqlens_q, None, query)
+    check_lengths("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.size(0), query)
+    check_longest("max_seqlen_q", max_seqlen_q, query.size(0), cu_seqlens_q.size(0) - 1)
+    check_longest("max_seqlen_k", max_seqlen_k, key.size(0), cu_seqlens_q.size(0) - 1)
+    check_dropout(dropout_p)
+    check_heads("alibi_slopes", alibi_slopes, query, query.size(1))
+    check_heads("sinks", sinks, query, query.size(1))
+    check_softcap(softcap)
+    scale = max(query.size(-1), 1) ** -0.5 if scale is None else scale
+    score = Score(scale, is_causal, True, *check_window(window), softcap)
+    return _VARLEN(
+        backend,
+        (query, key, value, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k),
+        query, key, value, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k,
+        max_seqlen_q, max_seqlen_k, score, dropout_p, return_lse,
+    )  # fmt: skip
 
 
-def _check_window(window: tuple[int, int]) -> tuple[int, int]:
-    if not (isinstance(window, (tuple, list)) and len(window) == 2 and all(side >= -1 for side in window)):
-        raise ArgumentError("window", "(left, right), each -1 or more", repr(window))
-    return window[0], window[1]
+_DECODE_HEAD_DIMS = (64, 128, 256)
+_DECODE_ROWS = 64
 
 
-def _check_per_head(name: str, tensor: Tensor | None, query: Tensor) -> None:
-    if tensor is None:
-        return
-    if query.dim() < 3 or tuple(tensor.shape) != (query.size(-3),):
-        raise ArgumentError(name, "of shape (heads,)", f"{tuple(tensor.shape)} for query {tuple(query.shape)}")
+def _decode_cuda_supports(query, k_cache, v_cache, cache_seqlens, sinks, score) -> str | None:
+    if score.left >= 0 or score.softcap is not None or sinks is not None:
+        return "has no window, softcap or sinks yet"
+    if query.dtype.itemsize > 4:
+        return "takes float32, float16 and bfloat16"
+    if query.size(-1) not in _DECODE_HEAD_DIMS or v_cache.size(-1) != query.size(-1):
+        return "takes one head dim, 64, 128 or 256"
+    if query.size(1) * query.size(2) > _DECODE_ROWS * k_cache.size(1):
+        return f"takes at most {_DECODE_ROWS} queries per key head (heads / kv_heads · Lq)"
+    return None
+
+
+_DECODE = Op(
+    "decode_attention",
+    Backend(
+        "cuda",
+        op.decode_cuda,
+        _decode_cuda_supports,
+        needs="decode_attention_cuda",
+        kernel=verified.kernel(
+            "attention.decode.cuda",
+            "attention/decode.cuh",
+            "attention/decode.cu",
+            "attention/decode_plan.h",
+            "common/convert.cuh",
+        ),
+    ),
+    Backend("reference", op.decode_reference),
+)
+
+
+def decode_attention(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Attention of the newest Lq queries of each sequence over its key/value cache, causal, aligned bottom-right.
+
+    With n = cache_seqlens[b], query i sees the cached keys j ≤ i + n − Lq and gives softmax(s) · v,
+    s = softcap·tanh(scale·q·kᵀ / softcap). Nothing past n is read.
+
+    Args:
+        query: (batch, heads, Lq, D).
+        k_cache: (batch, kv_heads, capacity, D), this call's keys already in it; kv_heads divides heads, query head h
+            uses key head h // (heads / kv_heads).
+        v_cache: (batch, kv_heads, capacity, Dv).
+        cache_seqlens: (batch,), int32 or int64: the keys in each cache, those of this call's queries included.
+        scale: default 1/√D.
+        window: (left, right), the number of keys seen either side of the diagonal, −1 for no bound.
+        softcap: bound of the scores, > 0.
+        sinks: (heads,), adds exp(sink) to the softmax's denominator.
+        backend: "cuda", "reference" or "auto"; default as set by `use_backend`.
+
+    Returns:
+        (batch, heads, Lq, Dv). A row that sees no key gives 0.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was wanted and what came. The values of cache_seqlens are
+            checked on the CPU; on a GPU they are never read back, and the kernel takes them as at most the capacity.
+        BackendUnavailable: `backend` cannot serve the call.
+
+    Source: Dao et al. 2023, "Flash-Decoding for long-context inference": keys split over blocks, merged by log-sum-exp.
+    """
+    check_tensors("batch, heads, length, dim", query=query, k_cache=k_cache, v_cache=v_cache)
+    if k_cache.size(0) != query.size(0):
+        raise ArgumentError("k_cache", f"of query's batch size {query.size(0)}", k_cache.size(0))
+    check_groups("k_cache", query.size(1), k_cache.size(1))
+    check_lengths("cache_seqlens", cache_seqlens, query.size(0), query)
+    check_heads("sinks", sinks, query, query.size(1))
+    check_softcap(softcap)
+    scale = max(query.size(-1), 1) ** -0.5 if scale is None else scale
+    score = Score(scale, True, True, *check_window(window), softcap)
+    return _DECODE(
+        backend,
+        (query, k_cache, v_cache, cache_seqlens, sinks),
+        query, k_cache, v_cache, cache_seqlens, sinks, score,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Derivatives. A kernel without a backward of its own gets the reference's; PyTorch's fused ops get a second derivative.
+"""Derivatives. A kernel without a backward gets the reference's; PyTorch's own fused ops get a second derivative.
 
 Throughout, `inputs` are tensors or None, and `maths(*inputs, *static)` is plain differentiable PyTorch that returns a
 tuple of tensors.
@@ -121,25 +121,29 @@ class _TwiceDifferentiable(torch.autograd.Function):
             outputs = fused(*leaves)
         ctx.maths, ctx.count = maths, len(inputs)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, *leaves, *outputs)
-        return tuple(out.detach() for out in outputs)
+        ctx.save_for_backward(*inputs, *leaves, *_tuple(outputs))
+        return outputs.detach() if isinstance(outputs, Tensor) else tuple(out.detach() for out in outputs)
 
     @staticmethod
     def backward(ctx, *grads):
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
         inputs, leaves, outputs = saved[: ctx.count], saved[ctx.count : 2 * ctx.count], saved[2 * ctx.count :]
         if torch.is_grad_enabled():  # only under create_graph=True
-            return None, None, *gradients(ctx.maths(*inputs), inputs, needs, grads, create_graph=True)
+            return None, None, *gradients(_tuple(ctx.maths(*inputs)), inputs, needs, grads, create_graph=True)
         return None, None, *gradients(outputs, leaves, needs, grads)
 
 
-def twice_differentiable(fused: Callable, maths: Callable, *inputs: Tensor | None) -> tuple:
+def _tuple(outputs) -> tuple:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def twice_differentiable(fused: Callable, maths: Callable, *inputs: Tensor | None):
     """`fused(*inputs)`: PyTorch's own op for the value and the first derivative, `maths` for the second.
 
     PyTorch's fused ops (CPU flash attention, oneDNN and cuDNN RNNs) have no second derivative. Both callables take the
-    inputs and return a tuple. Under `torch.compile` and functorch it is `fused` itself.
+    inputs and return a tensor or a tuple of them. Under `torch.compile` and functorch it is `fused` itself.
     """
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    if not differentiable or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    differentiable = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs])
+    if not differentiable or torch.compiler.is_compiling() or torch._C._functorch.get_dynamic_layer_stack_depth():
         return fused(*inputs)
     return _TwiceDifferentiable.apply(fused, maths, *inputs)

@@ -1,25 +1,40 @@
 """Facts about devices. Importing this touches neither CUDA nor Triton."""
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
 
 from fused_ops.core import extension
 
-TRITON_INSTALLED = find_spec("triton") is not None
+
+def _installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except (ImportError, ValueError):  # an import hook refuses it, or a stand-in without a spec is in its place
+        return False
+
+
+TRITON_INSTALLED = _installed("triton")
 # Triton itself reads this once, when it is imported.
 TRITON_INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 TRITON_KEYS = ("CUDA", "CPU") if TRITON_INTERPRETED else ("CUDA",)
 
 
-@torch._dynamo.assume_constant_result
+def traced_as_constant(fn: Callable) -> Callable:
+    """torch._dynamo.assume_constant_result, without importing torch._dynamo (over a second, and it imports Triton)."""
+    fn._dynamo_marked_constant = True
+    return fn
+
+
+@traced_as_constant
 def capability(index: int) -> tuple[int, int] | None:
     """Compute capability of GPU `index`; None where there is no GPU (a CUDA tensor there is a fake one)."""
     return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
 
 
-@torch._dynamo.assume_constant_result
+@traced_as_constant
 def architecture_missing(index: int) -> str | None:
     """Why `_C.so` holds no machine code for GPU `index`, or None."""
     found = capability(index)

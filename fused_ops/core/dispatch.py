@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -26,9 +27,11 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 _KEYS = {"cuda": "CUDA", "cpu": "CPU"}
 
 _context: str | None = None
-_logged: set[tuple[str, str, str]] = set()
+_logged: set["Choice"] = set()
 _recordings: list[list["Choice"]] = []
 _explaining = False
+# The dictionary behind os.environ: a look-up there costs a thirtieth of os.environ.get.
+_environment, _ENVIRONMENT_KEY = os.environ._data, os.environ.encodekey("FUSED_OPS_BACKEND")
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,15 @@ class Backend:
         return None
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """What served one call of one op, and why nothing before it did."""
 
     op: str
     backend: str
     reason: str
+
+    def __str__(self) -> str:
+        return f"{self.op} runs on {self.backend}" + (f" ({self.reason})" if self.reason else "")
 
 
 @dataclass(frozen=True)
@@ -111,39 +116,57 @@ class Op:
     def __init__(self, name: str, *backends: Backend, autocast: str = "reference"):
         self.name, self.backends, self.autocast = name, backends, autocast
         self.by_name = {backend.name: backend for backend in backends}
+        self.reference = backends[-1]
+        on_cpu = ("cpu", "triton") if device.TRITON_INTERPRETED else ("cpu",)
+        self._only_reference_on_cpu = not any(backend.name in on_cpu for backend in backends)
+        self._only_reference = Choice(name, "reference", "nothing else runs on the CPU")
         OPS[name] = self
 
     def __call__(self, requested: str | None, tensors: tuple, *call):
         """Run `call` on the backend chosen for it. `tensors` are its tensors (None allowed), the first never None."""
-        first = tensors[0]
-        if torch.is_autocast_enabled("cuda" if first.is_cuda else "cpu"):
-            if self.autocast == "cast":
-                tensors, call = _lowered(first, tensors), _lowered(first, call)
         if _explaining:
-            raise _Explained(self.explain(requested, tensors, call))
-        return self.choose(requested, tensors, call).run(*call)
-
-    def choose(self, requested: str | None, tensors: tuple, call: tuple) -> Backend:
-        named, binding = self._named(requested)
-        oddity = self._oddity(tensors)
+            raise _Explained(self.explain(requested, *self._cast(tensors, call)))
+        named = None
+        if requested is not None or _context is not None or _ENVIRONMENT_KEY in _environment:
+            named, binding = self._named(requested)
         if named is not None:
-            if named not in self.by_name:
-                raise BackendUnavailable(f"{self.name} has no {named} backend, it has {', '.join(self.by_name)}")
-            backend = self.by_name[named]
-            reason = _refusal(backend, oddity, tensors[0], call)
-            if reason is not None:
-                raise BackendUnavailable(f"{self.name}: {binding} asks for {named}, which {reason}")
-            if _recordings:
-                _note(Choice(self.name, named, f"asked for by {binding}"))
-            return backend
-        why = ""
+            tensors, call = self._cast(tensors, call)
+            return self._bound(named, binding, tensors, call).run(*call)
+        if self._only_reference_on_cpu and tensors[0].is_cpu:
+            if _recordings or self._only_reference not in _logged:
+                self._note(self._only_reference, on_gpu=False)
+            return self.reference.run(*self._cast(tensors, call)[1])
+        tensors, call = self._cast(tensors, call)
+        return self._auto(tensors, call).run(*call)
+
+    def _cast(self, tensors: tuple, call: tuple) -> tuple[tuple, tuple]:
+        """(tensors, call) as torch's autocast would hand them to the op."""
+        first = tensors[0]
+        if self.autocast == "cast" and torch.is_autocast_enabled("cuda" if first.is_cuda else "cpu"):
+            return _lowered(first, tensors), _lowered(first, call)
+        return tensors, call
+
+    def _bound(self, named: str, binding: str, tensors: tuple, call: tuple) -> Backend:
+        """The backend asked for by name, or an error: a request never falls back."""
+        if named not in self.by_name:
+            raise BackendUnavailable(f"{self.name} has no {named} backend, it has {', '.join(self.by_name)}")
+        backend = self.by_name[named]
+        reason = _refusal(backend, self._oddity(tensors), tensors[0], call)
+        if reason is not None:
+            raise BackendUnavailable(f"{self.name}: {binding} asks for {named}, which {reason}")
+        for recording in _recordings:
+            recording.append(Choice(self.name, named, f"asked for by {binding}"))
+        return backend
+
+    def _auto(self, tensors: tuple, call: tuple) -> Backend:
+        """The first backend that can serve the call and is worth it; `reference` always is."""
+        oddity, why = self._oddity(tensors), ""
         for backend in self.backends:
             reason = _refusal(backend, oddity, tensors[0], call) or _reluctance(backend, call)
             if reason is None:
                 break
             why = f"{why}; {backend.name} {reason}" if why else f"{backend.name} {reason}"
-        if not torch.compiler.is_compiling():
-            self._log(backend, why, tensors[0].is_cuda)
+        self._note(Choice(self.name, backend.name, why), on_gpu=tensors[0].is_cuda)
         return backend
 
     def explain(self, requested: str | None, tensors: tuple, call: tuple) -> Explanation:
@@ -177,7 +200,7 @@ class Op:
 
     def _oddity(self, tensors: tuple) -> str | None:
         """What about these tensors, or the mode they are used in, only `reference` handles."""
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch._C._functorch.get_dynamic_layer_stack_depth():  # Dynamo folds it; peek_interpreter_stack it does not
             return "does not run under a functorch transform"
         if forward_ad._current_level >= 0:
             return "does not run under forward-mode AD"
@@ -192,15 +215,16 @@ class Op:
             return "leaves autocast to torch"
         return None
 
-    def _log(self, backend: Backend, why: str, on_gpu: bool) -> None:
-        if _recordings:
-            _note(Choice(self.name, backend.name, why))
-        entry = (self.name, backend.name, why)
-        if entry in _logged:
+    def _note(self, choice: Choice, on_gpu: bool) -> None:
+        """Record what `auto` chose, and log it the first time. Logging would break a compiled graph."""
+        if torch.compiler.is_compiling():
             return
-        _logged.add(entry)
-        level = logging.WARNING if on_gpu and backend.name == "reference" else logging.INFO
-        logger.log(level, "%s runs on %s%s", self.name, backend.name, f" ({why})" if why else "")
+        for recording in _recordings:
+            recording.append(choice)
+        if choice not in _logged:
+            _logged.add(choice)
+            level = logging.WARNING if on_gpu and choice.backend == "reference" else logging.INFO
+            logger.log(level, "%s", choice)
 
 
 def _refusal(backend: Backend, oddity: str | None, tensor: torch.Tensor, call: tuple) -> str | None:
@@ -230,11 +254,6 @@ def _check_name(argument: str, name: str) -> None:
         raise ValueError(f"{argument} must be one of {', '.join(NAMES)}, auto or None, got {name!r}")
 
 
-def _note(choice: Choice) -> None:
-    for recording in _recordings:
-        recording.append(choice)
-
-
 class use_backend:  # noqa: N801 - a context manager, named like torch.no_grad
     """Within the block, ops that have backend `name` use it (and raise `BackendUnavailable` where it cannot serve a
     call); the others run `auto`. None and "auto" reset to `auto`. A `backend=` argument takes precedence.
@@ -245,15 +264,17 @@ class use_backend:  # noqa: N801 - a context manager, named like torch.no_grad
 
     def __init__(self, name: str | None):
         self.name = "auto" if name is None else name
+        self.outer: list[str | None] = []
         _check_name("backend", self.name)
 
     def __enter__(self) -> None:
         global _context
-        self.previous, _context = _context, self.name
+        self.outer.append(_context)
+        _context = self.name
 
     def __exit__(self, *error) -> None:
         global _context
-        _context = self.previous
+        _context = self.outer.pop()
 
 
 @contextmanager
@@ -264,7 +285,7 @@ def record():
     try:
         yield choices
     finally:
-        _recordings.remove(choices)
+        _recordings[:] = [other for other in _recordings if other is not choices]
 
 
 def explain(fn: Callable, *args, **kwargs) -> Explanation:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-import torch
-
 from fused_ops.core import extension
+from fused_ops.core.device import traced_as_constant
 
 _PACKAGE = Path(__file__).parent.parent
 RECORD = Path(__file__).with_name("verified.json")
@@ -43,13 +42,13 @@ def fingerprint(kernel: Kernel) -> str | None:
     for source in kernel.sources:
         path = _PACKAGE / source
         if source.endswith(".py"):
-            parts.append(sha256(path.read_bytes()).hexdigest())
+            parts.append(sha256(path.read_bytes()).hexdigest() if path.is_file() else None)
         else:
             parts.append(extension.sources.get(source))
     return None if None in parts else sha256("".join(parts).encode()).hexdigest()
 
 
-@torch._dynamo.assume_constant_result
+@traced_as_constant
 def experimental(name: str) -> bool:
     """Whether no GPU run has verified kernel `name` since its source last changed."""
     if name not in _fingerprints:

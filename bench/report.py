@@ -1,0 +1,72 @@
+"""Tables and the chart."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_models(console: Console, rows: list[dict]) -> None:
+    table = Table("model", "PyTorch ms", "fused ms", "× PyTorch", "max error", "backends", title="Pretrained models")
+    for row in rows:
+        if "missing" in row:
+            table.add_row(row["model"], "–", "–", "–", "–", row["missing"])
+        elif not row["correct"]:
+            wrong = "; ".join(claim for claim, holds in row["claims"] if not holds) or "differs from PyTorch"
+            table.add_row(row["model"], "–", "–", "–", f"{row['error']:.1e}", f"[red]WRONG: {wrong}[/]")
+        else:
+            backends = ", ".join(f"{op}: {names}" for op, names in row["backends"].items())
+            table.add_row(
+                row["model"],
+                _spread(row["PyTorch"]),
+                _spread(row["fused"]),
+                _speedup(row),
+                f"{row['error']:.1e}",
+                backends or "PyTorch's own fused encoder",
+            )
+    console.print(table)
+
+
+def print_ops(console: Console, rows: list[dict]) -> None:
+    table = Table("op", "shape", "dtype", "backend", "ms", "rate", "× PyTorch", "against", title="Ops")
+    for row in rows:
+        table.add_row(
+            row["op"],
+            row["shape"],
+            row["dtype"],
+            row["backend"],
+            f"{row['ms']:.4f}",
+            f"{row['rate']:.1f} {row['unit']}",
+            _speedup(row),
+            row["peer"],
+        )
+    console.print(table)
+
+
+def _spread(timing: dict) -> str:
+    return f"{timing['ms']:.2f} ({timing['p20']:.2f}–{timing['p80']:.2f})"
+
+
+def _speedup(row: dict) -> str:
+    return f"{row['speedup']:.2f}" + (" (disturbed)" if row["disturbed"] else "")
+
+
+def draw(rows: list[dict], machine: str, path: Path) -> None:
+    """A bar per model and op: times PyTorch's speed, 1 marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    bars = [(row.get("model") or f"{row['op']} {row['shape']}", row["speedup"]) for row in rows if "speedup" in row]
+    figure, axes = plt.subplots(figsize=(9, 0.32 * len(bars) + 1.4), layout="constrained")
+    labels, values = zip(*reversed(bars)) if bars else ((), ())
+    axes.barh(labels, values, color=["tab:green" if value >= 1.0 else "tab:orange" for value in values])
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    for place, value in enumerate(values):
+        axes.text(value, place, f" {value:.2f}×", va="center", fontsize=8)
+    axes.set_xlabel("speed relative to PyTorch")
+    axes.set_title(machine, fontsize=8)
+    axes.tick_params(axis="y", labelsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,147 @@
+"""torch.nn's recurrent modules on this package's functions: same constructors, parameters, errors and results."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from fused_ops.core.errors import ArgumentError
+from fused_ops.rnn import functional
+from fused_ops.rnn.reference import Static
+
+_FUNCTIONS = {
+    "RNN_TANH": functional.rnn_tanh,
+    "RNN_RELU": functional.rnn_relu,
+    "GRU": functional.gru,
+    "LSTM": functional.lstm,
+}
+
+
+class _Recurrent(nn.RNNBase):
+    """What RNN, GRU and LSTM share. They derive from RNNBase because Dynamo refuses every instance of torch.nn's three."""
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx=None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        return_all_states: bool = False,
+    ):
+        """As the torch.nn module's, and `lengths`, `resets` and `return_all_states` as in `fused_ops.gru`.
+
+        Args:
+            input: (time, batch, features), (batch, time, features) if batch_first, (time, features), or a PackedSequence.
+            hx: h_0 (LSTM: (h_0, c_0)), (layers·directions, batch, hidden), or without batch like input. Default: zeros.
+            lengths: (batch,); not with a PackedSequence, which has its own.
+            resets: input's layout without features; that of `pad_packed_sequence` for a PackedSequence.
+
+        Returns:
+            (output, h_n) or (output, (h_n, c_n)), followed by h_all[, c_all] if return_all_states.
+        """
+        if isinstance(input, PackedSequence):
+            if lengths is not None:
+                raise ArgumentError("lengths", "None with a PackedSequence", f"shape {tuple(lengths.shape)}")
+            if resets is None and not return_all_states:
+                return self._packed(input, hx)
+            return self._padded(input, hx, resets, return_all_states)
+        if input.dim() not in (2, 3):
+            tail = " tensor" if isinstance(self, RNN) else ""
+            raise ValueError(
+                f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D{tail or ''} instead"
+            )
+        batched, axis = input.dim() == 3, 0 if self.batch_first else 1
+        self._check_states(hx, batched)
+        if not batched:
+            input = input.unsqueeze(axis)
+            hx = self._each(hx, lambda state: state.unsqueeze(1))
+            resets = resets if resets is None else resets.unsqueeze(axis)
+            lengths = lengths if lengths is None else lengths.reshape(-1)
+        hx = self._states(input, input.size(axis)) if hx is None else hx
+        self.check_forward_args(input, hx, None)
+        output, *states = self._function(
+            input, hx, batch_first=self.batch_first, lengths=lengths, resets=resets, return_all_states=return_all_states
+        )
+        if not batched:
+            count = 2 if self.mode == "LSTM" else 1
+            output = output.squeeze(axis)
+            states = [state.squeeze(1 if i < count else 2) for i, state in enumerate(states)]
+        return self._result(output, states)
+
+    def _function(self, input: Tensor, hx, **keywords):
+        batch_first = keywords.pop("batch_first")
+        return _FUNCTIONS[self.mode](
+            input, hx, self._weights(), self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
+            batch_first, **keywords,
+        )  # fmt: skip
+
+    def _packed(self, input: PackedSequence, hx):
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        hx = self._states(data, int(batch_sizes[0])) if hx is None else self.permute_hidden(hx, sorted_indices)
+        self.check_forward_args(data, hx, batch_sizes)
+        static = Static(_FUNCTIONS[self.mode].__name__, self.bias, self.num_layers, self.bidirectional)
+        dropout = self.dropout if self.training else 0.0
+        output, *states = functional.packed_sequence(data, batch_sizes, hx, self._weights(), static, dropout)
+        output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        hidden = tuple(states) if self.mode == "LSTM" else states[0]
+        return output, self.permute_hidden(hidden, unsorted_indices)
+
+    def _padded(self, input: PackedSequence, hx, resets, return_all_states: bool):
+        """A PackedSequence with what torch's packed op does not know: padded, run by lengths, packed again."""
+        padded, lengths = pad_packed_sequence(input, self.batch_first)
+        output, *rest = self(padded, hx, lengths=lengths, resets=resets, return_all_states=return_all_states)
+        if input.sorted_indices is None:
+            return pack_padded_sequence(output, lengths, self.batch_first), *rest
+        order = input.sorted_indices
+        output = output.index_select(0 if self.batch_first else 1, order)
+        packed = pack_padded_sequence(output, lengths[order.cpu()], self.batch_first)
+        return PackedSequence(packed.data, packed.batch_sizes, order, input.unsorted_indices), *rest
+
+    def _result(self, output, states: list[Tensor]):
+        if self.mode == "LSTM":
+            return output, (states[0], states[1]), *states[2:]
+        return output, *states
+
+    def _weights(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    def _states(self, input: Tensor, batch: int):
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        h = input.new_zeros(layers, batch, self.proj_size or self.hidden_size)
+        return (h, input.new_zeros(layers, batch, self.hidden_size)) if self.mode == "LSTM" else h
+
+    def _each(self, hx, function):
+        if hx is None:
+            return None
+        return tuple(function(state) for state in hx) if self.mode == "LSTM" else function(hx)
+
+    def _check_states(self, hx, batched: bool) -> None:
+        dims = 3 if batched else 2
+        kind = f"{'batched' if batched else 'unbatched'} {dims}-D input"
+        if hx is None:
+            return
+        if self.mode == "LSTM":
+            if hx[0].dim() != dims or hx[1].dim() != dims:
+                raise RuntimeError(
+                    f"For {kind}, hx and cx should also be {dims}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+                )
+        elif hx.dim() != dims:
+            raise RuntimeError(f"For {kind}, hx should also be {dims}-D but got {hx.dim()}-D tensor")
+
+
+class RNN(_Recurrent):
+    """`torch.nn.RNN`, h_t = tanh(W_ih·x_t + b_ih + W_hh·h_{t−1} + b_hh) or ReLU; see `fused_ops.rnn_tanh`."""
+
+    __init__ = nn.RNN.__init__
+
+
+class GRU(_Recurrent):
+    """`torch.nn.GRU`, h_t = (1 − z)·n + z·h_{t−1}; see `fused_ops.gru`."""
+
+
+class LSTM(_Recurrent):
+    """`torch.nn.LSTM`, c_t = f·c_{t−1} + i·g, h_t = o·tanh(c_t); see `fused_ops.lstm`."""
+
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args
+    permute_hidden = nn.LSTM.permute_hidden
