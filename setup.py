@@ -17,7 +17,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-CSRC, BUILD = Path("csrc"), Path("build")
+CSRC, BUILD = Path("csrc").resolve(), Path("build").resolve()
 ARCHES = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
 DEBUG = os.environ.get("DEBUG", "0") not in ("", "0")
 
@@ -65,7 +65,7 @@ def architectures(root: Path) -> str:
 class Build(cpp_extension.BuildExtension):
     def initialize_options(self):
         super().initialize_options()
-        self.build_temp = str(BUILD.resolve() / "objects")  # an editable build would start in a fresh folder each time
+        self.build_temp = str(BUILD / "objects")  # an editable build would start in a fresh folder each time
 
     def get_ext_filename(self, name):
         return re.sub(r"\b_C\..*so$", "_C.so", super().get_ext_filename(name))
@@ -107,7 +107,7 @@ def extensions() -> list[Extension]:
     header = BUILD / "facts.h"
     if not header.exists() or header.read_text() != text:  # a newer file would be compiled again
         header.write_text(text)
-    kernels = Extension("fused_ops._C", [str(path) for path in sources], language="c++",
+    kernels = Extension("fused_ops._C", [os.path.relpath(path) for path in sources], language="c++",
                         include_dirs=[*map(str, include), *cpp_extension.include_paths()], extra_link_args=link,
                         library_dirs=cpp_extension.library_paths(), libraries=["torch_cpu", "c10"],
                         extra_compile_args={"cxx": cxx, "nvcc": nvcc},

@@ -1,6 +1,5 @@
 """torch.nn's recurrent modules on this package's functions: same constructors, parameters, errors and results."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -46,10 +45,9 @@ class _Recurrent(nn.RNNBase):
                 return self._packed(input, hx)
             return self._padded(input, hx, resets, return_all_states)
         if input.dim() not in (2, 3):
-            tail = " tensor" if isinstance(self, RNN) else ""
-            raise ValueError(
-                f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D{tail or ''} instead"
-            )
+            kind = self.mode.split("_")[0]
+            got = f"{input.dim()}D tensor" if kind == "RNN" else f"{input.dim()}D"
+            raise ValueError(f"{kind}: Expected input to be 2D or 3D, got {got} instead")
         batched, axis = input.dim() == 3, 0 if self.batch_first else 1
         self._check_states(hx, batched)
         if not batched:
@@ -132,16 +130,76 @@ class _Recurrent(nn.RNNBase):
 class RNN(_Recurrent):
     """`torch.nn.RNN`, h_t = tanh(W_ih·x_t + b_ih + W_hh·h_{t−1} + b_hh) or ReLU; see `fused_ops.rnn_tanh`."""
 
-    __init__ = nn.RNN.__init__
+    def __init__(self, *args, **kwargs):
+        _refuse_projection(kwargs)
+        if len(args) > 3:
+            self.nonlinearity, args = args[3], (*args[:3], *args[4:])
+        else:
+            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
 
 
 class GRU(_Recurrent):
     """`torch.nn.GRU`, h_t = (1 − z)·n + z·h_{t−1}; see `fused_ops.gru`."""
 
+    def __init__(self, *args, **kwargs):
+        _refuse_projection(kwargs)
+        super().__init__("GRU", *args, **kwargs)
+
 
 class LSTM(_Recurrent):
     """`torch.nn.LSTM`, c_t = f·c_{t−1} + i·g, h_t = o·tanh(c_t); see `fused_ops.lstm`."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__("LSTM", *args, **kwargs)
+
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args
     permute_hidden = nn.LSTM.permute_hidden
+
+
+def _refuse_projection(kwargs: dict) -> None:
+    if "proj_size" in kwargs:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+
+
+def _check_dims(cell: str, input: Tensor, states: tuple[tuple[str, Tensor], ...]) -> None:
+    for name, tensor in (("input", input), *states):
+        if tensor.dim() not in (1, 2):
+            raise ValueError(f"{cell}: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead")
+
+
+def _zeros(cell: nn.Module, input: Tensor) -> Tensor:
+    return input.new_zeros(*input.shape[:-1], cell.hidden_size)
+
+
+class RNNCell(nn.RNNCell):
+    """`torch.nn.RNNCell`, h' = tanh(W_ih·x + b_ih + W_hh·h + b_hh) or ReLU; see `fused_ops.rnn_tanh_cell`."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        _check_dims("RNNCell", input, () if hx is None else (("hidden", hx),))
+        functions = {"tanh": functional.rnn_tanh_cell, "relu": functional.rnn_relu_cell}
+        if self.nonlinearity not in functions:
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        hx = _zeros(self, input) if hx is None else hx
+        return functions[self.nonlinearity](input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+
+
+class GRUCell(nn.GRUCell):
+    """`torch.nn.GRUCell`, h' = (1 − z)·n + z·h; see `fused_ops.gru_cell`."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        _check_dims("GRUCell", input, () if hx is None else (("hidden", hx),))
+        hx = _zeros(self, input) if hx is None else hx
+        return functional.gru_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+
+
+class LSTMCell(nn.LSTMCell):
+    """`torch.nn.LSTMCell`, c' = f·c + i·g, h' = o·tanh(c'); see `fused_ops.lstm_cell`."""
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        _check_dims("LSTMCell", input, () if hx is None else tuple((f"hx[{i}]", state) for i, state in enumerate(hx)))
+        hx = (_zeros(self, input), _zeros(self, input)) if hx is None else hx
+        return functional.lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
