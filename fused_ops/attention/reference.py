@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fused_ops.core.autograd import twice_differentiable
+from fused_ops.core.autograd import add_second_derivative
 from fused_ops.core.errors import ArgumentError
 
 
@@ -86,20 +86,17 @@ def attention(query, key, value, attn_mask, alibi_slopes, sinks, score, dropout_
     if alibi_slopes is not None or left >= 0 or right >= 0 or (is_causal and bottom_right):
         attn_mask, is_causal = _as_mask(query, key, attn_mask, alibi_slopes, score), False
     grouped = query.dim() > 2 and key.size(-3) != query.size(-3)
-    if dropout_p > 0.0 or not torch.is_grad_enabled():  # with dropout F runs its own eager maths on the CPU
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped
-        )
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped
+    )
+    if not torch.is_grad_enabled() or dropout_p > 0.0 or torch.compiler.is_compiling() or out.grad_fn is None:
+        return out
 
-    def fused(query, key, value, attn_mask):
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=grouped
-        )
-
-    def double(query, key, value, attn_mask):
+    def double(query, key, value, attn_mask=None):
         return maths(query, key, value, attn_mask, None, None, scale, is_causal)[0]
 
-    return twice_differentiable(fused, double, query, key, value, attn_mask)
+    mask = "attn_mask" if out.is_cpu else "attn_bias"
+    return add_second_derivative(out, "ScaledDotProduct", ("query", "key", "value", mask), double)
 
 
 def _as_mask(query, key, attn_mask, alibi_slopes, score) -> Tensor:

@@ -124,19 +124,19 @@ class Op:
 
     def __call__(self, requested: str | None, tensors: tuple, *call):
         """Run `call` on the backend chosen for it. `tensors` are its tensors (None allowed), the first never None."""
+        if torch._C._is_any_autocast_enabled():
+            tensors, call = self._cast(tensors, call)
         if _explaining:
-            raise _Explained(self.explain(requested, *self._cast(tensors, call)))
+            raise _Explained(self.explain(requested, tensors, call))
         named = None
         if requested is not None or _context is not None or _ENVIRONMENT_KEY in _environment:
             named, binding = self._named(requested)
         if named is not None:
-            tensors, call = self._cast(tensors, call)
             return self._bound(named, binding, tensors, call).run(*call)
         if self._only_reference_on_cpu and tensors[0].is_cpu:
             if _recordings or self._only_reference not in _logged:
                 self._note(self._only_reference, on_gpu=False)
-            return self.reference.run(*self._cast(tensors, call)[1])
-        tensors, call = self._cast(tensors, call)
+            return self.reference.run(*call)
         return self._auto(tensors, call).run(*call)
 
     def _cast(self, tensors: tuple, call: tuple) -> tuple[tuple, tuple]:

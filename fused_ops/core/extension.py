@@ -23,14 +23,27 @@ def damage(data: bytes) -> str | None:
     machine = struct.unpack_from("<H", data, 18)[0]
     if machine != _ELF_MACHINES.get(platform.machine(), machine):
         return f"built for another processor (ELF machine {machine})"
-    table = struct.unpack_from("<Q", data, 40)[0]
-    entry_size, entries = struct.unpack_from("<2H", data, 58)
-    if table + entry_size * entries > len(data):
-        return f"truncated: {len(data)} bytes where its headers promise {table + entry_size * entries}"
-    body, mark, tail = data.rpartition(TRAILER)
-    if mark and zlib.crc32(body) != json.loads(tail)["crc32"]:
-        return "corrupt: its checksum does not match"
+    try:
+        promised = _promised_size(data)
+        if promised > len(data):
+            return f"truncated: {len(data)} bytes where its headers promise {promised}"
+        body, mark, tail = data.rpartition(TRAILER)
+        if mark and zlib.crc32(body) != json.loads(tail)["crc32"]:
+            return "corrupt: its checksum does not match"
+    except (struct.error, ValueError, KeyError, TypeError) as error:
+        return f"corrupt: {error}"
     return None
+
+
+def _promised_size(data: bytes) -> int:
+    """How long an ELF file must be to hold both of its header tables and every segment the loader maps."""
+    segments, sections = struct.unpack_from("<2Q", data, 32)
+    segment_size, segment_count, section_size, section_count = struct.unpack_from("<4H", data, 54)
+    tables = max(segments + segment_size * segment_count, sections + section_size * section_count)
+    if tables > len(data):
+        return tables
+    headers = (struct.unpack_from("<2I6Q", data, segments + i * segment_size) for i in range(segment_count))
+    return max([tables, *(offset + size for _, _, offset, _, _, size, _, _ in headers)])
 
 
 def _load_kernels() -> tuple[str | None, dict[str, str]]:
@@ -61,6 +74,7 @@ kernels_missing, sources = _load_kernels()
 host, host_missing = _load_host()
 
 
+@torch._dynamo.assume_constant_result
 def has_kernel(op: str, key: str) -> bool:
     """Whether fused_ops::`op` has a kernel for dispatch key `key` ("CPU", "CUDA")."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_ops::{op}", key)

@@ -53,7 +53,8 @@ def experimental(name: str) -> bool:
     """Whether no GPU run has verified kernel `name` since its source last changed."""
     if name not in _fingerprints:
         _fingerprints[name] = fingerprint(KERNELS[name])
-    return record().get(name, {}).get("fingerprint", "") != _fingerprints[name]
+    found = _fingerprints[name]
+    return found is None or record().get(name, {}).get("fingerprint") != found
 
 
 def record() -> dict[str, dict[str, str]]:

