@@ -112,7 +112,7 @@ _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1}
 
 
 def recurrent(op: str, batch: int, hidden: int, steps: int = 64, ragged: bool = False):
-    """One layer, I = H, input projection included; ragged: lengths evenly from T/2 to T, PyTorch's packed."""
+    """One layer, I = H, input projection included; ragged: lengths evenly from T to T/2, PyTorch's packed."""
 
     def build(device, dtype):
         x = randn(steps, batch, hidden, dtype=dtype, device=device)
@@ -123,14 +123,14 @@ def recurrent(op: str, batch: int, hidden: int, steps: int = 64, ragged: bool = 
         ]
         h = randn(1, batch, hidden, dtype=dtype, device=device, seed=9)
         hx = (h, h.clone()) if op == "lstm" else h
-        lengths = torch.linspace(steps // 2, steps, batch).long()
+        lengths = torch.linspace(steps, steps // 2, batch).long()
         ours, theirs = getattr(fused_ops, op), getattr(_VF, op)
         settings = (params, True, 1, 0.0, False, False)
         if ragged:
             on_device = lengths.to(device)
 
             def packed():
-                data = pack_padded_sequence(x, lengths, enforce_sorted=False)
+                data = pack_padded_sequence(x, lengths)
                 return theirs(data.data, data.batch_sizes, hx, *settings)
 
             rivals = lambda: ours(x, hx, *settings, False, lengths=on_device), {"packed": packed}

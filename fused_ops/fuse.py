@@ -82,12 +82,11 @@ def fuse(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = 
 
 def _fuse_one(fqn: str, module: nn.Module, inside_chain: set[int]) -> Row | None:
     old = type(module)
-    if old is nn.Sequential:
-        chains = fusible_chains(module)
-        if not chains:
-            return None
-        children = list(module)
+    if old in (nn.Sequential, ConvSequential):
+        children, chains = list(module), fusible_chains(module)
         inside_chain.update(id(child) for start, stop in chains for child in children[start:stop])
+        if not chains or old is ConvSequential:
+            return None
         parts = ["+".join(type(child).__name__ for child in children[start:stop]) for start, stop in chains]
         return _swap(fqn, module, ConvSequential, ("conv2d",), ", ".join(parts))
     if old in _LEAVES:

@@ -85,10 +85,8 @@ def attention(query, key, value, attn_mask, alibi_slopes, sinks, score, dropout_
         return (out, lse) if return_lse else out
     if alibi_slopes is not None or left >= 0 or right >= 0 or (is_causal and bottom_right):
         attn_mask, is_causal = _as_mask(query, key, attn_mask, alibi_slopes, score), False
-    grouped = query.dim() > 2 and key.size(-3) != query.size(-3)
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped
-    )
+    grouped = {"enable_gqa": True} if query.dim() > 2 and key.size(-3) != query.size(-3) else {}
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **grouped)
     if not torch.is_grad_enabled() or dropout_p > 0.0 or torch.compiler.is_compiling() or out.grad_fn is None:
         return out
 

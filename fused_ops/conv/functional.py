@@ -2,12 +2,45 @@
 
 from torch import Tensor
 
-from fused_ops.conv import arguments, reference
+from fused_ops.conv import arguments, op, reference, rules
+from fused_ops.core import verified
 from fused_ops.core.dispatch import Backend, Op
 
-_CONV1D = Op("conv1d", Backend("reference", reference.conv1d))
-_CONV2D = Op("conv2d", Backend("reference", reference.conv2d))
-_CONV_BN_ACT2D = Op("conv_bn_act2d", Backend("reference", reference.conv_bn_act2d))
+_POINTWISE = verified.kernel("conv.pointwise.fwd.triton", "conv/triton_kernels.py")
+_DEPTHWISE = verified.kernel(
+    "conv.depthwise.fwd.cuda", "conv/depthwise.cu", "conv/depthwise.cuh", "conv/epilogue.h", "common/convert.cuh"
+)
+
+_CONV1D = Op(
+    "conv1d",
+    Backend("cpu", op.conv1d_cpu, rules.cpu1d, rules.cpu1d_worthwhile),
+    Backend("reference", reference.conv1d),
+)
+_CONV2D = Op(
+    "conv2d",
+    Backend("cuda", op.conv2d_cuda, rules.cuda, needs="conv2d_cuda", kernel=_DEPTHWISE),
+    Backend("triton", op.conv2d_triton, rules.triton, kernel=_POINTWISE),
+    Backend("cpu", op.conv2d_cpu, rules.cpu, rules.cpu_worthwhile),
+    Backend("reference", reference.conv2d),
+)
+_CONV_BN_ACT2D = Op(
+    "conv_bn_act2d",
+    Backend(
+        "cuda",
+        op.with_batch_norm(op.conv2d_cuda),
+        rules.with_batch_norm(rules.cuda),
+        needs="conv2d_cuda",
+        kernel=_DEPTHWISE,
+    ),
+    Backend("triton", op.with_batch_norm(op.conv2d_triton), rules.with_batch_norm(rules.triton), kernel=_POINTWISE),
+    Backend(
+        "cpu",
+        op.with_batch_norm(op.conv2d_cpu),
+        rules.with_batch_norm(rules.cpu),
+        rules.with_batch_norm(rules.cpu_worthwhile),
+    ),
+    Backend("reference", reference.conv_bn_act2d),
+)
 _CAUSAL_CONV1D = Op("causal_conv1d", Backend("reference", reference.causal_conv1d))
 _BATCH_NORM_ACT = Op("batch_norm_act", Backend("reference", reference.batch_norm_act))
 _MAX_POOL2D = Op("max_pool2d", Backend("reference", reference.max_pool2d))

@@ -21,7 +21,8 @@ ACTIVATIONS = {
     "hardswish": F.hardswish,
     "leaky_relu": F.leaky_relu,
 }
-CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # how kernels are told; 0 is none
+NAMES = tuple(ACTIVATIONS)
+CODES = {name: code for code, name in enumerate(NAMES)}  # how kernels are told; 0 is none
 
 
 def epilogue(y: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, activation: str | None,

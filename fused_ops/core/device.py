@@ -1,12 +1,12 @@
 """Facts about devices. Importing this touches neither CUDA nor Triton."""
 
 import os
-from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
 
 from fused_ops.core import extension
+from fused_ops.core.library import traced_as_constant
 
 
 def _installed(name: str) -> bool:
@@ -20,12 +20,6 @@ TRITON_INSTALLED = _installed("triton")
 # Triton itself reads this once, when it is imported.
 TRITON_INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 TRITON_KEYS = ("CUDA", "CPU") if TRITON_INTERPRETED else ("CUDA",)
-
-
-def traced_as_constant(fn: Callable) -> Callable:
-    """torch._dynamo.assume_constant_result, without importing torch._dynamo (over a second, and it imports Triton)."""
-    fn._dynamo_marked_constant = True
-    return fn
 
 
 @traced_as_constant

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from fused_ops.core.library import traced_as_constant
+
 TRAILER = b"\nfused_ops:"
 _ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 
@@ -59,7 +61,7 @@ def _load_kernels() -> tuple[str | None, dict[str, str]]:
             _, mark, tail = data.rpartition(TRAILER)
             return None, json.loads(tail)["sources"] if mark else {}
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error.__cause__ or error).splitlines()[0]  # torch's own message leaves out the loader's
     return f"_C.so did not load: {reason}", {}
 
 
@@ -74,7 +76,7 @@ kernels_missing, sources = _load_kernels()
 host, host_missing = _load_host()
 
 
-@torch._dynamo.assume_constant_result
+@traced_as_constant
 def has_kernel(op: str, key: str) -> bool:
     """Whether fused_ops::`op` has a kernel for dispatch key `key` ("CPU", "CUDA")."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_ops::{op}", key)

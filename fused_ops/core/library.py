@@ -14,3 +14,9 @@ def define(schema: str, fake: Callable, implementation: Callable | None = None, 
     torch.library.register_fake(f"fused_ops::{name}", fake, lib=LIBRARY)
     for key in keys:
         LIBRARY.impl(name, implementation, key)
+
+
+def traced_as_constant(fn: Callable) -> Callable:
+    """torch._dynamo.assume_constant_result, without importing torch._dynamo (over a second, and it imports Triton)."""
+    fn._dynamo_marked_constant = True
+    return fn

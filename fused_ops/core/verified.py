@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from fused_ops.core import extension
-from fused_ops.core.device import traced_as_constant
+from fused_ops.core.library import traced_as_constant
 
 _PACKAGE = Path(__file__).parent.parent
 RECORD = Path(__file__).with_name("verified.json")

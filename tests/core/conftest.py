@@ -1,6 +1,7 @@
 """Ops made for a test: they are not in the registry afterwards, and every one starts with nothing logged."""
 
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 
@@ -13,7 +14,6 @@ FACTORS = {"cuda": 2.0, "triton": 3.0, "cpu": 5.0, "reference": 7.0}
 def make_op(monkeypatch):
     """make_op("cpu", "reference", ...) -> the public function `scaled(input, backend=None)`, whose backends multiply by
     their FACTORS; a keyword gives a backend's settings: make_op("cpu", "reference", cpu={"supports": ...})."""
-    monkeypatch.setattr(dispatch, "OPS", dict(dispatch.OPS))
     monkeypatch.setattr(dispatch, "_logged", set())
     monkeypatch.setattr(dispatch, "_context", None)
     monkeypatch.delenv("FUSED_OPS_BACKEND", raising=False)
@@ -35,11 +35,12 @@ def make_op(monkeypatch):
         scaled.calls, scaled.op = calls, made
         return scaled
 
-    return make
+    with patch.dict(dispatch.OPS):
+        yield make
 
 
 @pytest.fixture
-def served(monkeypatch):
+def served():
     """served(scaled, input, ...) -> the backend that ran, told from the result and from what was called."""
 
     def which(scaled, input, backend=None):

@@ -54,10 +54,11 @@ print(json.dumps(dict(
 
 
 def python(package: Path, code: str, **environment: str) -> subprocess.CompletedProcess:
-    """A fresh interpreter that finds `package` first."""
+    """A fresh interpreter that finds `package` alone, whatever is installed."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("FUSED_OPS", "TRITON"))}
     env.update(PYTHONPATH=str(package.parent), PYTHONDONTWRITEBYTECODE="1", **environment)
-    command = [sys.executable, "-W", "error::ImportWarning", "-c", code]
+    alone = "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]"
+    command = [sys.executable, "-W", "error::ImportWarning", "-c", f"{alone}\n{code}"]
     return subprocess.run(command, env=env, cwd=package.parent, capture_output=True, text=True, timeout=120)
 
 
@@ -97,9 +98,7 @@ def damaged(kind: str, data: bytes) -> bytes | None:
     return {
         "deleted": lambda: None,
         "empty": lambda: b"",
-        "text": lambda: b"version https://git-lfs.github.com/spec/v1\n",
         "cut at 100 bytes": lambda: data[:100],
-        "cut at a quarter": lambda: data[: len(data) // 4],
         "cut at half": lambda: data[:middle],
         "cut at the last page": lambda: data[: data.rindex(b"\nfused_ops:") - 4096],
         "cut in the trailer": lambda: data[:-5],
@@ -111,9 +110,7 @@ def damaged(kind: str, data: bytes) -> bytes | None:
 DAMAGE = {
     "deleted": "was not built",
     "empty": "not a 64-bit ELF file",
-    "text": "not a 64-bit ELF file",
     "cut at 100 bytes": "truncated",
-    "cut at a quarter": "truncated",
     "cut at half": "truncated",
     "cut at the last page": "truncated",
     "cut in the trailer": "corrupt",

@@ -1,0 +1,204 @@
+"""Schemas, fake kernels and derivatives of the convolution kernels.
+
+A kernel computes act((weight ⋆ input) · scale + shift + residual), scale and shift float32, residual of the output's
+shape; bias is folded into shift here. `activation` is its code in `reference.CODES`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_ops.conv import reference
+from fused_ops.core.autograd import reference_gradient, with_reference_gradient
+from fused_ops.core.device import TRITON_KEYS
+from fused_ops.core.library import define
+
+STATIC = "int[] stride, int[] padding, int[] dilation, int groups, str? activation"
+KERNEL = (
+    "(Tensor input, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual,"
+    " int[] stride, int[] padding, int[] dilation, int groups, int activation{}) -> Tensor"
+)
+# What the C++ CPU kernels apply themselves; oneDNN's relu and clip turn NaN into 0, the rest of its own do not.
+VECTOR_ACTIVATIONS = (None, "relu", "relu6", "hardswish", "leaky_relu")
+ONEDNN_ACTIVATIONS = {
+    "gelu": ("gelu", [], "none"),
+    "gelu_tanh": ("gelu", [], "tanh"),
+    "silu": ("swish", [], ""),
+    "tanh": ("tanh", [], ""),
+    "sigmoid": ("sigmoid", [], ""),
+    "hardswish": ("hardswish", [], ""),
+    "leaky_relu": ("leaky_relu", [0.01], ""),
+}
+
+
+def output_format(input: Tensor, weight: Tensor) -> torch.memory_format:
+    """The memory format F.conv2d gives: channels_last if either argument is."""
+    either = channels_last(input) or channels_last(weight)
+    return torch.channels_last if either else torch.contiguous_format
+
+
+def channels_last(tensor: Tensor) -> bool:
+    """As c10::is_channels_last_strides_2d: strides that could be contiguous too, (1, C, 1, 1) say, count as contiguous."""
+    shape, strides, least = tensor.shape, tensor.stride(), 0
+    if strides[1] == 0:
+        return False
+    for dim in (1, 3, 2, 0):
+        if shape[dim] == 0 or strides[dim] < least or (dim == 0 and least == strides[1]):
+            return False
+        least = strides[dim] * max(shape[dim], 1)
+    return True
+
+
+def output_size(input: Tensor, weight: Tensor, stride, padding, dilation) -> tuple[int, ...]:
+    space = [
+        (input.size(i + 2) + 2 * padding[i] - dilation[i] * (weight.size(i + 2) - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    ]
+    return (input.size(0), weight.size(0), *space)
+
+
+def _fake(input, weight, scale, shift, residual, stride, padding, dilation, groups, activation, lanes=None):
+    size = output_size(input, weight, stride, padding, dilation)
+    return input.new_empty(size).to(memory_format=output_format(input, weight))
+
+
+def _conv2d_triton(input, weight, scale, shift, residual, stride, padding, dilation, groups, activation):
+    from fused_ops.conv import triton_kernels
+
+    return triton_kernels.conv2d_pointwise_fwd(input, weight, scale, shift, residual, activation)
+
+
+def _conv2d_onednn(input, weight, scale, shift, residual, stride, padding, dilation, groups, activation):
+    """scale goes into the weights, shift becomes the bias: one oneDNN call and at most one pass in place after it."""
+    name = reference.NAMES[activation]
+    weight = weight if scale is None else weight * scale.view(-1, 1, 1, 1)
+    geometry = (padding, stride, dilation, groups)
+    if residual is not None:
+        y = torch.ops.mkldnn._convolution_pointwise.binary(
+            input, residual, weight, shift, *geometry, "add", 1.0, None, [], None
+        )
+    else:
+        attribute = ONEDNN_ACTIVATIONS.get(name, ("none", [], ""))
+        y = torch.ops.mkldnn._convolution_pointwise(input, weight, shift, *geometry, *attribute)
+        if name in ONEDNN_ACTIVATIONS:
+            return y
+    if name == "relu":
+        return y.relu_()
+    return F.hardtanh_(y, 0.0, 6.0) if name == "relu6" else reference.ACTIVATIONS[name](y)
+
+
+define("conv2d_triton" + KERNEL.format(""), _fake, _conv2d_triton, TRITON_KEYS)
+define("conv2d_onednn" + KERNEL.format(""), _fake, _conv2d_onednn, ("CPU",))
+define("conv2d_cuda" + KERNEL.format(""), _fake)
+define("conv2d_cpu" + KERNEL.format(", int lanes=16"), _fake)
+
+
+def affine(bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(y + bias) · scale + shift as y · scale' + shift', float32."""
+    scale = None if scale is None else scale.float()
+    if bias is not None:
+        bias = bias.float() if scale is None else bias.float() * scale
+        shift = bias if shift is None else bias + shift.float()
+    return scale, None if shift is None else shift.float()
+
+
+def _arguments(input, weight, bias, scale, shift, residual, stride, padding, dilation, groups, activation) -> tuple:
+    """A kernel's arguments, laid out as it wants them."""
+    scale, shift = affine(bias, scale, shift)
+    if residual is not None:
+        size = output_size(input, weight, stride, padding, dilation)
+        residual = residual.to(input.dtype).expand(size).contiguous(memory_format=output_format(input, weight))
+    code = reference.CODES[activation]
+    return input, weight, scale, shift, residual, stride, padding, dilation, groups, code
+
+
+def _maths(input, weight, bias, scale, shift, residual, *static) -> tuple[Tensor]:
+    stride, padding, dilation, groups, activation = static
+    return (
+        reference.conv2d(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation),
+    )
+
+
+_conv2d_bwd = reference_gradient("conv2d_bwd", STATIC, _maths)
+
+
+def _on_triton(*call):
+    return (torch.ops.fused_ops.conv2d_triton(*_arguments(*call)),)
+
+
+def _on_cuda(*call):
+    return (torch.ops.fused_ops.conv2d_cuda(*_arguments(*call)),)
+
+
+_triton = with_reference_gradient(_on_triton, _conv2d_bwd, _maths)
+_cuda = with_reference_gradient(_on_cuda, _conv2d_bwd, _maths)
+
+
+def conv2d_triton(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation):
+    static = (stride, padding, dilation, groups, activation)
+    return _triton((input, weight, bias, scale, shift, residual), static)[0]
+
+
+def conv2d_cuda(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation):
+    static = (stride, padding, dilation, groups, activation)
+    return _cuda((input, weight, bias, scale, shift, residual), static)[0]
+
+
+def conv2d_cpu(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation):
+    """Without gradients: the C++ kernels (1x1 and depthwise, contiguous), else oneDNN."""
+    if not vectorised(input, weight, stride, padding, groups):
+        arguments = _arguments(
+            input, weight, bias, scale, shift, residual, stride, padding, dilation, groups, activation
+        )
+        return torch.ops.fused_ops.conv2d_onednn(*arguments)
+    inside = activation if activation in VECTOR_ACTIVATIONS else None
+    arguments = _arguments(input, weight, bias, scale, shift, residual, stride, padding, dilation, groups, inside)
+    y = torch.ops.fused_ops.conv2d_cpu(*arguments)
+    return y if activation == inside else reference.ACTIVATIONS[activation](y)
+
+
+def conv1d_cpu(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation):
+    """`conv2d_cpu` over an image one row high."""
+    residual = None if residual is None else residual.unsqueeze(-2)
+    y = conv2d_cpu(
+        input.unsqueeze(-2), weight.unsqueeze(-2), bias, (1, *stride), (0, *padding), (1, *dilation), groups,
+        scale, shift, residual, activation,
+    )  # fmt: skip
+    return y.squeeze(-2)
+
+
+def vectorised(input, weight, stride, padding, groups) -> bool:
+    """Whether the C++ CPU kernels have this shape: both contiguous, 1x1 without stride, or depthwise."""
+    if not (_canonical(input) and _canonical(weight)):
+        return False
+    if groups == 1:
+        return weight.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0)
+    return groups == input.size(1) == weight.size(0)
+
+
+def _canonical(tensor: Tensor) -> bool:
+    """Contiguous, and not by chance channels_last too."""
+    _, c, h, w = tensor.shape
+    return tensor.stride() == (c * h * w, h * w, w, 1)
+
+
+def folded(running_mean, running_var, weight, bias, eps) -> tuple[Tensor, Tensor]:
+    """Batch norm in evaluation as (scale, shift), at least float32."""
+    compute = torch.promote_types(running_var.dtype, torch.float32)
+    scale = torch.rsqrt(running_var.to(compute) + eps)
+    scale = scale if weight is None else scale * weight
+    shift = torch.addcmul(scale.new_zeros(()) if bias is None else bias.to(scale.dtype), running_mean, scale, value=-1)
+    return scale, shift
+
+
+def with_batch_norm(conv2d):
+    """A backend's conv2d as its conv_bn_act2d."""
+
+    def run(
+        input, weight, bias, stride, padding, dilation, groups,
+        running_mean, running_var, bn_weight, bn_bias, eps, residual, activation,
+    ):  # fmt: skip
+        scale, shift = folded(running_mean, running_var, bn_weight, bn_bias, eps)
+        return conv2d(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation)
+
+    return run

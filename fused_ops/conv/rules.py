@@ -1,0 +1,101 @@
+"""Which backend can serve a convolution, and where `auto` takes it."""
+
+import torch
+
+from fused_ops.conv import op
+from fused_ops.core import extension
+
+ONEDNN = torch.backends.mkldnn.is_available()
+MEASURED = "bench/results/cpu/conv_pointwise.json"
+
+
+def triton(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation) -> str | None:
+    if input.dim() != 4 or input.numel() == 0:
+        return "takes non-empty (batch, channels, height, width)"
+    if groups != 1 or weight.shape[2:] != (1, 1) or stride != (1, 1) or padding != (0, 0):
+        return "takes 1x1 convolutions of stride 1 without groups or padding"
+    return _float_type(input)
+
+
+def cuda(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation) -> str | None:
+    if input.dim() != 4 or input.numel() == 0:
+        return "takes non-empty (batch, channels, height, width)"
+    if padding == "same":
+        return "takes even padding"
+    if groups != input.size(1) or groups != weight.size(0):
+        return "takes depthwise convolutions, one filter per channel"
+    if not input.is_contiguous(memory_format=torch.channels_last):
+        return "takes channels_last"
+    return _float_type(input)
+
+
+def cpu(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation) -> str | None:
+    if input.dtype is not torch.float32:
+        return "takes float32"
+    if input.dim() != 4 or input.numel() == 0:
+        return "takes non-empty (batch, channels, height, width)"
+    if padding == "same":
+        return "takes even padding"
+    if needs_grad(input, weight, bias, scale, shift, residual):
+        return "has no gradient"
+    if op.vectorised(input, weight, stride, padding, groups):
+        return None if extension.has_kernel("conv2d_cpu", "CPU") else extension.kernels_missing or "was not built"
+    return None if ONEDNN else "needs a torch with oneDNN"
+
+
+def cpu_worthwhile(
+    input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation
+) -> str | None:
+    """By `MEASURED`: the C++ kernels win wherever there is an epilogue."""
+    if scale is None and shift is None and residual is None and activation is None:
+        return "has nothing to fuse"
+    if op.vectorised(input, weight, stride, padding, groups):
+        return None
+    if scale is None and residual is None:
+        return f"saves too little without scale or residual ({MEASURED})"
+    size = op.output_size(input, weight, stride, padding, dilation)
+    if 2 * weight.numel() > size[0] * size[1] * size[2] * size[3]:
+        return f"pays more for folding scale into the weights than it saves ({MEASURED})"
+    return None
+
+
+def cpu1d(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation) -> str | None:
+    return _in_2d(cpu, input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation)
+
+
+def cpu1d_worthwhile(*call) -> str | None:
+    return _in_2d(cpu_worthwhile, *call)
+
+
+def _in_2d(rule, input, weight, bias, stride, padding, dilation, groups, *rest) -> str | None:
+    if input.dim() != 3:
+        return "takes (batch, channels, length)"
+    if padding == "same":
+        return "takes even padding"
+    if not (input.is_contiguous() and weight.is_contiguous()):
+        return "takes contiguous tensors"
+    geometry = ((1, *stride), (0, *padding), (1, *dilation))
+    return rule(input.unsqueeze(-2), weight.unsqueeze(-2), bias, *geometry, groups, *rest)
+
+
+def with_batch_norm(rule):
+    """A rule for conv2d as one for conv_bn_act2d."""
+
+    def call(
+        input, weight, bias, stride, padding, dilation, groups,
+        running_mean, running_var, bn_weight, bn_bias, eps, residual, activation,
+    ):  # fmt: skip
+        scale = running_var if bn_weight is None else bn_weight
+        shift = running_mean if bn_bias is None else bn_bias
+        return rule(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation)
+
+    return call
+
+
+def needs_grad(*tensors) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _float_type(input) -> str | None:
+    fits = input.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return None if fits else "takes float32, float16 and bfloat16"
