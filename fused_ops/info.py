@@ -66,10 +66,7 @@ def markdown(rows: list[Row]) -> str:
 def _words(rows: list[Row]) -> tuple[list[list[str]], list[str]]:
     """The matrix as words, reasons numbered and told once."""
     reasons = list(dict.fromkeys(cell.reason for row in rows for cell in row.cells.values() if cell.reason))
-    words = [
-        [row.op, *(_word(row.cells[name], reasons) for name in NAMES)]
-        for row in rows
-    ]  # fmt: skip
+    words = [[row.op, *(_word(row.cells[name], reasons) for name in NAMES)] for row in rows]
     return words, [f"({i}) {reason}" for i, reason in enumerate(reasons, 1)]
 
 

@@ -1,4 +1,4 @@
-"""The compile gate: `python -m tests.gate [--capability 9.0 ...] [--aligned]`. Needs no GPU.
+"""The compile gate: `python -m tests.gate [--capability 9.0 ...] [--unaligned]`. Needs no GPU.
 
 For each chip it compiles every Triton configuration that dispatch would pick there (each room's `gate_cases`) and every
 csrc/*/*.cu, prints registers, spills and shared memory, and fails on
@@ -7,8 +7,8 @@ csrc/*/*.cu, prints registers, spills and shared memory, and fails on
 - a Triton kernel that no room's `gate_cases` names;
 - in Triton code, a `tl.dot` that does not say its `input_precision`, a lambda, or autotuning.
 
-A Triton kernel is compiled twice: for arguments that are multiples of 16 (these are pipelined, and need the most shared
-memory) and for any others; `--aligned` leaves the second out.
+A Triton kernel is compiled for arguments that are multiples of 16 (these are pipelined, and need the most shared
+memory); with `--unaligned` a second time, for any others (these need the most registers).
 """
 
 import argparse
@@ -186,7 +186,7 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
-def run(chips: list[tuple[int, int]], aligned_only: bool = False, progress=lambda rows: rows) -> tuple[list, list]:
+def run(chips: list[tuple[int, int]], unaligned: bool = False, progress=lambda rows: rows) -> tuple[list, list]:
     """(rows, complaints) of the whole package."""
     complaints = [line for path in triton_sources() for line in lint(path.read_text(), str(path.relative_to(ROOT)))]
     jobs = []
@@ -195,7 +195,7 @@ def run(chips: list[tuple[int, int]], aligned_only: bool = False, progress=lambd
         for chip in chips:
             for path in triton_sources():
                 for number in range(len(cases(module_name(path), chip))):
-                    for aligned in (True,) if aligned_only else (True, False):
+                    for aligned in (True, False) if unaligned else (True,):
                         jobs.append((_compile_numbered, module_name(path), number, chip, aligned))
     if find_nvcc():
         jobs += [(compile_cuda, path, chip) for chip in chips for path in sorted((ROOT / "csrc").glob("*/*.cu"))]
@@ -226,7 +226,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gate", description=__doc__.splitlines()[0])
     names = [f"{major}.{minor}" for major, minor in LIMITS]
     parser.add_argument("--capability", nargs="+", choices=names, default=names, metavar="X.Y", help="default: all")
-    parser.add_argument("--aligned", action="store_true", help="only arguments that are multiples of 16")
+    parser.add_argument("--unaligned", action="store_true", help="also for arguments that are not multiples of 16")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 replaces the compiler: unset it for the gate")
@@ -236,7 +236,7 @@ def main() -> int:
             console.print(f"{tool} is not here: its kernels are not checked")
     chips = [tuple(int(part) for part in name.split(".")) for name in options.capability]
     progress = partial(track, description="compiling", console=console, transient=True)
-    rows, complaints = run(chips, options.aligned, progress)
+    rows, complaints = run(chips, options.unaligned, progress)
     console.print(table(rows))
     failures = [f"{row.kernel} {row.config}: {row.failure}" for row in rows if row.failure] + complaints
     for failure in failures:

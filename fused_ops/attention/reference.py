@@ -83,7 +83,8 @@ def attention(query, key, value, attn_mask, alibi_slopes, sinks, score, dropout_
     if sinks is not None or softcap is not None or return_lse or rounds_bias:
         out, lse = maths(query, key, value, attn_mask, alibi_slopes, sinks, *score, dropout_p=dropout_p)
         return (out, lse) if return_lse else out
-    if alibi_slopes is not None or left >= 0 or right >= 0 or (is_causal and bottom_right):
+    # On the CPU, F's own causal mask turns to NaN under a scale that is not positive.
+    if alibi_slopes is not None or left >= 0 or right >= 0 or (is_causal and (bottom_right or scale <= 0)):
         attn_mask, is_causal = _as_mask(query, key, attn_mask, alibi_slopes, score), False
     grouped = {"enable_gqa": True} if query.dim() > 2 and key.size(-3) != query.size(-3) else {}
     out = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **grouped)

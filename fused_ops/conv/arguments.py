@@ -33,7 +33,9 @@ def convolution(
         said = f"Expected {unbatched} or {batched} input to conv{dims}d, but got input of size: {list(shape)}"
         raise ArgumentError("input", f"{unbatched} or {batched}", f"{rank}D. {said}")
     if len(kernel) != dims + 2:
-        raise ArgumentError("weight", f"{dims + 2}-dimensional", f"shape {tuple(kernel)}")
+        said = f"Expected {len(kernel)}-dimensional input for {len(kernel)}-dimensional weight {list(kernel)}"
+        said = said if len(kernel) > 2 else "weight should have at least three dimensions"
+        raise ArgumentError("weight", f"{dims + 2}-dimensional", f"shape {tuple(kernel)}. {said}")
     stride = (stride,) * dims if type(stride) is int else each("stride", stride, dims)
     dilation = (dilation,) * dims if type(dilation) is int else each("dilation", dilation, dims)
     if type(padding) is int:
@@ -42,6 +44,7 @@ def convolution(
         padding = _named_padding(padding, kernel, stride, dilation)
     else:
         padding = each("padding", padding, dims)
+    _check_signs(stride, padding, dilation)
     _check_channels(dims, shape, kernel, bias, groups)
     if input.dtype != weight.dtype or (bias is not None and bias.dtype != input.dtype):
         _check_dtypes(input, weight, bias)
@@ -83,16 +86,18 @@ def _check_channels(dims, shape, kernel, bias, groups) -> None:
         raise TypeError(f"groups must be an int, got {type(groups).__name__}")
     if groups < 1:
         raise ArgumentError("groups", "positive", f"{groups}. non-positive groups is not supported")
+    if kernel[0] < groups:  # torch's order: out_channels, then channels
+        said = f"expected weight to be at least {groups} at dimension 0, but got weight of size {list(kernel)} instead"
+        raise ArgumentError(
+            "weight", f"of at least {groups} out_channels", f"{kernel[0]}. Given groups={groups}, {said}"
+        )
+    if kernel[0] % groups:
+        said = f"Given groups={groups}, expected weight to be divisible by {groups} at dimension 0, but got weight of"
+        raise ArgumentError("weight", f"of out_channels divisible by {groups}", f"{kernel[0]}. {said} size {kernel}")
     if shape[-1 - dims] != kernel[1] * groups:
         said = f"Given groups={groups}, weight of size {list(kernel)}, expected input{list(shape)} to have"
         said = f"{said} {kernel[1] * groups} channels, but got {shape[-1 - dims]} channels instead"
         raise ArgumentError("input", f"of {kernel[1] * groups} channels", f"{shape[-1 - dims]}. {said}")
-    if kernel[0] % groups:
-        said = f"Given groups={groups}, expected weight to be divisible by {groups} at dimension 0, but got weight of"
-        raise ArgumentError("weight", f"of out_channels divisible by {groups}", f"{kernel[0]}. {said} size {kernel}")
-    if kernel[0] == 0:
-        said = "expected weight to be at least 1 at dimension 0, but got weight of size"
-        raise ArgumentError("weight", "of at least 1 out_channel", f"0. Given groups={groups}, {said} {list(kernel)}")
     if bias is None:
         return
     tensor("bias", bias)
@@ -111,14 +116,19 @@ def _check_dtypes(input, weight, bias) -> None:
             raise ArgumentError(name, f"of input's dtype {input.dtype}", f"{other.dtype}. {said}")
 
 
+def _check_signs(stride, padding, dilation) -> None:
+    """torch looks at these before it looks at shapes."""
+    if padding != "same" and min(padding) < 0:
+        raise ArgumentError("padding", "at least 0", f"{padding}. negative padding is not supported")
+    if min(stride) < 1:
+        raise ArgumentError("stride", "positive", f"{stride}. non-positive stride is not supported")
+    if min(dilation) < 1:
+        said = "non-positive dilation is not supported, dilation should be greater than zero"
+        raise ArgumentError("dilation", "positive", f"{dilation}. {said}")
+
+
 def _check_space(shape, kernel, stride, padding, dilation) -> None:
     for i in range(len(stride)):
-        if stride[i] < 1:
-            raise ArgumentError("stride", "positive", f"{stride}. non-positive stride is not supported")
-        if dilation[i] < 1:
-            raise ArgumentError("dilation", "positive", f"{dilation}. non-positive dilation is not supported")
-        if padding[i] < 0:
-            raise ArgumentError("padding", "at least 0", f"{padding}. negative padding is not supported")
         size, taps = shape[i - len(stride)], kernel[i + 2]
         if taps < 1:
             raise ArgumentError("weight", "of kernel sizes at least 1", f"shape {tuple(kernel)}")
@@ -193,8 +203,8 @@ def batch_norm(input, running_mean, running_var, weight, bias, training, momentu
     if not isinstance(momentum, (int, float)):
         raise TypeError(f"momentum must be a float, got {type(momentum).__name__}")
     if (running_mean is None) != (running_var is None):
-        raise ArgumentError("running_var", "given if and only if running_mean is",
-                            "one. running_mean and running_var must either both be None or neither be None")  # fmt: skip
+        said = "running_mean and running_var must either both be None or neither be None"
+        raise ArgumentError("running_var", "given if and only if running_mean is", f"one of the two. {said}")
     if not training and running_mean is None:
         raise ArgumentError("running_mean", "a Tensor unless training",
                             "None. running_mean must be defined in evaluation mode")  # fmt: skip
@@ -218,19 +228,12 @@ def batch_norm(input, running_mean, running_var, weight, bias, training, momentu
         raise ArgumentError("input", "of more than 1 value per channel in training", f"{tuple(input.shape)}. {said}")
 
 
-def pooling(input, kernel_size, stride, padding, dilation):
+def pooling(input, kernel_size, stride, padding, dilation, ceil_mode):
     """kernel_size, stride, padding and dilation as pairs; an absent stride is the kernel's size."""
     tensor("input", input)
     kernel = _pool_pair("kernel_size", kernel_size)
     stride = kernel if stride is None or stride == [] or stride == () else _pool_pair("stride", stride)
     padding, dilation = _pool_pair("padding", padding), _pool_pair("dilation", dilation)
-    shape = input.shape
-    if len(shape) not in (3, 4):
-        said = "non-empty 3D or 4D (batch mode) tensor expected for input"
-        raise ArgumentError("input", "3D or 4D", f"{len(shape)}D. {said}")
-    if 0 in shape[-3:]:
-        said = "Expected 3D or 4D (batch mode) tensor with optional 0 dim batch size for input, but got"
-        raise ArgumentError("input", "non-empty but for its batch", f"{tuple(shape)}. {said}:{list(shape)}")
     for i in range(2):
         if kernel[i] < 1:
             raise ArgumentError("kernel_size", "positive", f"{kernel}. kernel size should be greater than zero")
@@ -239,13 +242,23 @@ def pooling(input, kernel_size, stride, padding, dilation):
         if dilation[i] < 1:
             raise ArgumentError("dilation", "positive", f"{dilation}. dilation should be greater than zero")
         if padding[i] < 0:
-            raise ArgumentError(
-                "padding", "at least 0", f"{padding}. pad must be non-negative, but got pad: {padding[i]}"
-            )
+            said = f"pad must be non-negative, but got pad: {padding[i]}"
+            raise ArgumentError("padding", "at least 0", f"{padding}. {said}")
         if padding[i] > (dilation[i] * (kernel[i] - 1) + 1) // 2:
             said = "pad should be at most half of effective kernel size, but got"
-            raise ArgumentError("padding", "at most half of the dilated kernel",
-                                f"{padding}. {said} pad={padding[i]}, kernel_size={kernel[i]} and dilation={dilation[i]}")  # fmt: skip
+            said = f"{said} pad={padding[i]}, kernel_size={kernel[i]} and dilation={dilation[i]}"
+            raise ArgumentError("padding", "at most half of the dilated kernel", f"{padding}. {said}")
+    shape = input.shape
+    if len(shape) not in (3, 4):
+        said = "non-empty 3D or 4D (batch mode) tensor expected for input"
+        raise ArgumentError("input", "3D or 4D", f"{len(shape)}D. {said}")
+    if 0 in shape[-3:]:
+        said = "Expected 3D or 4D (batch mode) tensor with optional 0 dim batch size for input, but got"
+        raise ArgumentError("input", "non-empty but for its batch", f"{tuple(shape)}. {said}:{list(shape)}")
+    spare = [shape[i - 2] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1 for i in range(2)]
+    if any(left < (1 - step if ceil_mode else 0) for left, step in zip(spare, stride)):
+        said = f"Given input size: {tuple(shape[-3:])}. Output size is too small"
+        raise ArgumentError("kernel_size", "no larger than the padded input", f"{kernel}. {said}")
     return kernel, stride, padding, dilation
 
 

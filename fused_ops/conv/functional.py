@@ -265,5 +265,5 @@ def max_pool2d(
         ValueError, TypeError: naming the argument, what was wanted and what came.
         BackendUnavailable: `backend` cannot serve the call.
     """
-    pairs = arguments.pooling(input, kernel_size, stride, padding, dilation)
+    pairs = arguments.pooling(input, kernel_size, stride, padding, dilation, ceil_mode)
     return _MAX_POOL2D(backend, (input,), input, *pairs, ceil_mode, return_indices)

@@ -38,7 +38,7 @@ def output_format(input: Tensor, weight: Tensor) -> torch.memory_format:
 
 
 def channels_last(tensor: Tensor) -> bool:
-    """As c10::is_channels_last_strides_2d: strides that could be contiguous too, (1, C, 1, 1) say, count as contiguous."""
+    """As c10::is_channels_last_strides_2d: of a tensor that is both, (N, 1, 1, 1) say, the strides decide."""
     shape, strides, least = tensor.shape, tensor.stride(), 0
     if strides[1] == 0:
         return False
@@ -59,7 +59,8 @@ def output_size(input: Tensor, weight: Tensor, stride, padding, dilation) -> tup
 
 def _fake(input, weight, scale, shift, residual, stride, padding, dilation, groups, activation, lanes=None):
     size = output_size(input, weight, stride, padding, dilation)
-    return input.new_empty(size).to(memory_format=output_format(input, weight))
+    layout = output_format(input, weight)
+    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=layout)
 
 
 def _conv2d_triton(input, weight, scale, shift, residual, stride, padding, dilation, groups, activation):
@@ -70,21 +71,24 @@ def _conv2d_triton(input, weight, scale, shift, residual, stride, padding, dilat
 
 def _conv2d_onednn(input, weight, scale, shift, residual, stride, padding, dilation, groups, activation):
     """scale goes into the weights, shift becomes the bias: one oneDNN call and at most one pass in place after it."""
-    name = reference.NAMES[activation]
-    weight = weight if scale is None else weight * scale.view(-1, 1, 1, 1)
+    name, layout = reference.NAMES[activation], output_format(input, weight)
+    if scale is not None:
+        weight = torch.mul(weight, scale.view(-1, 1, 1, 1), out=torch.empty_like(weight))
     geometry = (padding, stride, dilation, groups)
-    if residual is not None:
+    attribute = ("none", [], "") if residual is not None else ONEDNN_ACTIVATIONS.get(name, ("none", [], ""))
+    if residual is None:
+        y = torch.ops.mkldnn._convolution_pointwise(input, weight, shift, *geometry, *attribute)
+    else:
         y = torch.ops.mkldnn._convolution_pointwise.binary(
             input, residual, weight, shift, *geometry, "add", 1.0, None, [], None
         )
-    else:
-        attribute = ONEDNN_ACTIVATIONS.get(name, ("none", [], ""))
-        y = torch.ops.mkldnn._convolution_pointwise(input, weight, shift, *geometry, *attribute)
-        if name in ONEDNN_ACTIVATIONS:
-            return y
     if name == "relu":
-        return y.relu_()
-    return F.hardtanh_(y, 0.0, 6.0) if name == "relu6" else reference.ACTIVATIONS[name](y)
+        y.relu_()
+    elif name == "relu6":
+        F.hardtanh_(y, 0.0, 6.0)
+    elif attribute[0] == "none":
+        y = reference.ACTIVATIONS[name](y)
+    return y.contiguous(memory_format=layout)
 
 
 define("conv2d_triton" + KERNEL.format(""), _fake, _conv2d_triton, TRITON_KEYS)

@@ -24,7 +24,7 @@ def cuda(input, weight, bias, stride, padding, dilation, groups, scale, shift, r
         return "takes even padding"
     if groups != input.size(1) or groups != weight.size(0):
         return "takes depthwise convolutions, one filter per channel"
-    if not input.is_contiguous(memory_format=torch.channels_last):
+    if not (op.channels_last(input) and input.is_contiguous(memory_format=torch.channels_last)):
         return "takes channels_last"
     return _float_type(input)
 
@@ -49,7 +49,7 @@ def cpu_worthwhile(
     """By `MEASURED`: the C++ kernels win wherever there is an epilogue."""
     if scale is None and shift is None and residual is None and activation is None:
         return "has nothing to fuse"
-    if op.vectorised(input, weight, stride, padding, groups):
+    if input.dim() != 4 or padding == "same" or op.vectorised(input, weight, stride, padding, groups):
         return None
     if scale is None and residual is None:
         return f"saves too little without scale or residual ({MEASURED})"

@@ -42,7 +42,8 @@ class Backend:
         name: one of `NAMES`.
         run: takes the op's call, validated.
         supports: takes the same call; None, or why this backend cannot serve it.
-        worthwhile: for `auto`: None, or why it would be slower than `reference` (naming the measurement's file).
+        worthwhile: for `auto`: None, or why it would be slower than `reference` (naming the measurement's file). Asked
+            before `supports`, so of calls too that this backend cannot serve.
         needs: the op that must be registered in `_C.so`.
         kernel: its entry in `verified`, for kernels that run on a GPU.
     """
@@ -117,8 +118,8 @@ class Op:
         self.name, self.backends, self.autocast = name, backends, autocast
         self.by_name = {backend.name: backend for backend in backends}
         self.reference = backends[-1]
-        on_cpu = ("cpu", "triton") if device.TRITON_INTERPRETED else ("cpu",)
-        self._only_reference_on_cpu = not any(backend.name in on_cpu for backend in backends)
+        elsewhere = ("cuda",) if device.TRITON_INTERPRETED else ("cuda", "triton")
+        self._on_cpu = tuple(backend for backend in backends if backend.name not in elsewhere)
         self._only_reference = Choice(name, "reference", "nothing else runs on the CPU")
         OPS[name] = self
 
@@ -133,7 +134,7 @@ class Op:
             named, binding = self._named(requested)
         if named is not None:
             return self._bound(named, binding, tensors, call).run(*call)
-        if self._only_reference_on_cpu and tensors[0].is_cpu:
+        if len(self._on_cpu) == 1 and tensors[0].is_cpu:
             if _recordings or self._only_reference not in _logged:
                 self._note(self._only_reference, on_gpu=False)
             return self.reference.run(*call)
@@ -151,7 +152,7 @@ class Op:
         if named not in self.by_name:
             raise BackendUnavailable(f"{self.name} has no {named} backend, it has {', '.join(self.by_name)}")
         backend = self.by_name[named]
-        reason = _refusal(backend, self._oddity(tensors), tensors[0], call)
+        reason = self._refusal(backend, tensors, call)
         if reason is not None:
             raise BackendUnavailable(f"{self.name}: {binding} asks for {named}, which {reason}")
         for recording in _recordings:
@@ -159,23 +160,38 @@ class Op:
         return backend
 
     def _auto(self, tensors: tuple, call: tuple) -> Backend:
-        """The first backend that can serve the call and is worth it; `reference` always is."""
-        oddity, why = self._oddity(tensors), ""
-        for backend in self.backends:
-            reason = _refusal(backend, oddity, tensors[0], call) or _reluctance(backend, call)
+        """The first backend that is worth it and can serve the call; `reference` always is and can."""
+        why = ""
+        for backend in self._on_cpu if tensors[0].is_cpu else self.backends:
+            reason = self._objection(backend, tensors, call)
             if reason is None:
                 break
             why = f"{why}; {backend.name} {reason}" if why else f"{backend.name} {reason}"
         self._note(Choice(self.name, backend.name, why), on_gpu=tensors[0].is_cuda)
         return backend
 
+    def _objection(self, backend: Backend, tensors: tuple, call: tuple) -> str | None:
+        """Why `auto` does not take `backend`, the cheapest questions first."""
+        if backend is self.reference:
+            return None
+        reason = backend.missing(tensors[0])
+        if reason is None and backend.kernel is not None and verified.experimental(backend.kernel.name):
+            reason = "is experimental: no GPU run has verified it since its source last changed"
+        return reason or backend.worthwhile(*call) or self._refusal(backend, tensors, call)
+
+    def _refusal(self, backend: Backend, tensors: tuple, call: tuple) -> str | None:
+        """Why `backend` cannot serve the call."""
+        if backend is self.reference:
+            return None
+        return self._oddity(tensors) or backend.missing(tensors[0]) or backend.supports(*call)
+
     def explain(self, requested: str | None, tensors: tuple, call: tuple) -> Explanation:
         named, binding = self._named(requested)
-        oddity, chosen, rows = self._oddity(tensors), None, []
+        chosen, rows = None, []
         for backend in self.backends:
-            reason = _refusal(backend, oddity, tensors[0], call)
-            if named is None and reason is None and chosen is None:
-                reason = _reluctance(backend, call)
+            reason = self._refusal(backend, tensors, call)
+            if reason is None and named is None and chosen is None:
+                reason = self._objection(backend, tensors, call)
             if reason is not None:
                 rows.append((backend.name, "refused", reason))
             elif chosen is None and named in (None, backend.name):
@@ -225,18 +241,6 @@ class Op:
             _logged.add(choice)
             level = logging.WARNING if on_gpu and choice.backend == "reference" else logging.INFO
             logger.log(level, "%s", choice)
-
-
-def _refusal(backend: Backend, oddity: str | None, tensor: torch.Tensor, call: tuple) -> str | None:
-    if backend.name == "reference":
-        return None
-    return oddity or backend.missing(tensor) or backend.supports(*call)
-
-
-def _reluctance(backend: Backend, call: tuple) -> str | None:
-    if backend.kernel is not None and verified.experimental(backend.kernel.name):
-        return "is experimental: no GPU run has verified it since its source last changed"
-    return backend.worthwhile(*call)
 
 
 def _lowered(first: torch.Tensor, values: tuple) -> tuple:

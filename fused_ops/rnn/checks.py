@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fused_ops.core.errors import ArgumentError
 from fused_ops.rnn.op import check_lengths
@@ -41,17 +40,16 @@ def check_sequence(tensors: Tensors, params: tuple, static: Static) -> None:
     if input.dim() != dims:
         raise ArgumentError("input", f"{dims}-dimensional", f"shape {tuple(input.shape)}")
     if tensors.batch_sizes is None and input.size(0) == 0:
-        raise ArgumentError("input", "of at least one time step (Expected sequence length to be larger than 0 in RNN)", 0)
+        raise ArgumentError("input", "of at least one step (Expected sequence length to be larger than 0 in RNN)", 0)
     batch = None if tensors.batch_sizes is not None else input.size(1)
     hidden, projected = _check_params(input, params, static)
     layers = static.num_layers * static.directions
-    for name, state, size in (("hx", tensors.h0, projected), ("hx[1]", tensors.c0, hidden)):
-        if state is not None:
-            _tensor(name, state, input)
-            rows = state.size(1) if batch is None and state.dim() == 3 else batch
-            _shape(name, state, (layers, rows, size), " (layers·directions, batch, hidden)")
-    if tensors.c0 is not None and tensors.c0.size(1) != tensors.h0.size(1):
-        raise ArgumentError("hx[1]", f"of hx[0]'s batch {tensors.h0.size(1)}", tensors.c0.size(1))
+    states = (("hx[0]", tensors.h0, projected), ("hx[1]", tensors.c0, hidden))
+    for name, state, size in states if static.is_lstm else (("hx", tensors.h0, hidden),):
+        _tensor(name, state, input)
+        if batch is None and state.dim() == 3:
+            batch = state.size(1)  # of a packed sequence
+        _shape(name, state, (layers, batch, size), " (layers·directions, batch, hidden)")
     if tensors.resets is not None:
         _tensor("resets", tensors.resets)
         if tensors.resets.dtype != torch.bool:

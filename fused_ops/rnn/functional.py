@@ -120,8 +120,8 @@ def rnn_tanh(
             nothing in the padding is read. Default: all steps of all rows.
         resets: bool in input's (time, batch) layout: the state is zeroed before that step, in each direction's own
             order and in every layer. Default: none.
-        return_all_states: also return h_all (layers·directions, time, batch, hidden): the state after each step, 0 past a
-            length.
+        return_all_states: also return h_all (layers·directions, time, batch, hidden): the state after each step, 0
+            past a length.
         backend: a backend's name or "auto"; default as set by `use_backend`.
 
     Returns:
@@ -251,7 +251,7 @@ def _sequence(
 def packed_sequence(
     data: Tensor, batch_sizes: Tensor, hx, params: Sequence[Tensor], static: Static, dropout: float = 0.0
 ) -> tuple[Tensor, ...]:
-    """A PackedSequence's data (total, features) and batch_sizes (time,), hx in its sorted order -> (data, h_n[, c_n])."""
+    """A PackedSequence's data (total, features), batch_sizes (time,) and hx in sorted order -> (data, h_n[, c_n])."""
     h0, c0 = _pair("hx", hx) if static.is_lstm else (hx, None)
     tensors, params = Tensors(data, h0, c0, batch_sizes=batch_sizes), tuple(params)
     check_sequence(tensors, params, static)

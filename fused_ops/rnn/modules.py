@@ -16,7 +16,7 @@ _FUNCTIONS = {
 
 
 class _Recurrent(nn.RNNBase):
-    """What RNN, GRU and LSTM share. They derive from RNNBase because Dynamo refuses every instance of torch.nn's three."""
+    """What RNN, GRU and LSTM share; from RNNBase, because Dynamo refuses every instance of torch.nn's three."""
 
     def forward(
         self,
@@ -30,7 +30,8 @@ class _Recurrent(nn.RNNBase):
         """As the torch.nn module's, and `lengths`, `resets` and `return_all_states` as in `fused_ops.gru`.
 
         Args:
-            input: (time, batch, features), (batch, time, features) if batch_first, (time, features), or a PackedSequence.
+            input: (time, batch, features), (batch, time, features) if batch_first, (time, features), or a
+                PackedSequence.
             hx: h_0 (LSTM: (h_0, c_0)), (layers·directions, batch, hidden), or without batch like input. Default: zeros.
             lengths: (batch,); not with a PackedSequence, which has its own.
             resets: input's layout without features; that of `pad_packed_sequence` for a PackedSequence.

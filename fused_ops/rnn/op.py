@@ -39,7 +39,7 @@ def _rnn_fwd_reference_fake(inputs, *static):
 
 
 def check_lengths(lengths: torch.Tensor, time: int) -> None:
-    if lengths.numel() and not (0 <= int(lengths.min()) and int(lengths.max()) <= time):
+    if lengths.numel() and (int(lengths.min()) < 0 or int(lengths.max()) > time):
         raise ArgumentError("lengths", f"between 0 and input's {time} steps", lengths.tolist())
 
 
@@ -139,7 +139,7 @@ def _triton(name: str):
     return implementation
 
 
-for backend, implementation in (("triton", _triton), ("cuda", None)):
+for backend, keys in (("triton", TRITON_KEYS), ("cuda", ())):
     for schema, fake in (
         ("rnn_cell_fwd_{}(Tensor gi, Tensor gh, bool relu) -> Tensor h", lambda gi, gh, relu: _like(gi)),
         ("gru_cell_fwd_{}(Tensor gi, Tensor gh, Tensor h) -> Tensor h_new", lambda gi, gh, h: _like(h)),
@@ -149,7 +149,7 @@ for backend, implementation in (("triton", _triton), ("cuda", None)):
         ),
     ):
         name = schema[: schema.index("_{}")]
-        define(schema.format(backend), fake, implementation and implementation(name), TRITON_KEYS if implementation else ())
+        define(schema.format(backend), fake, _triton(name), keys)
 
 
 def _in_float(gates):

@@ -69,7 +69,7 @@ def sequence(*call) -> tuple[Tensor, ...]:
     if tensors.resets is None and not static.all_states:
         if tensors.lengths is None:
             return _torch_sequence(tensors, params, static)
-        if tensors.input.is_cpu and torch._C._functorch.peek_interpreter_stack() is None:
+        if tensors.input.is_cpu and not torch._C._functorch.get_dynamic_layer_stack_depth():
             return _by_packing(tensors, params, static)
     return maths(*call)
 
@@ -122,7 +122,7 @@ def _torch_op(input, h0, c0, batch_sizes, params, static: Static) -> tuple[Tenso
 
 
 def _by_packing(tensors: Tensors, params: tuple, static: Static) -> tuple[Tensor, ...]:
-    """`lengths` on PyTorch's packed op: rows sorted by length, those of length 0 left out, the padding never touched."""
+    """`lengths` on PyTorch's packed op: rows sorted by length, those of length 0 left out, no padding touched."""
     input, h0, c0, lengths, _, _, masks = tensors
     lengths, order = lengths.sort(descending=True, stable=True)
     rows = int((lengths > 0).sum())
@@ -155,8 +155,9 @@ def maths(*call) -> tuple[Tensor, ...]:
     tensors, params, static = split(call)
     dtype = tensors.input.dtype
     compute = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-    x, h0, c0, masks = (t if t is None else t.to(compute) for t in (tensors.input, tensors.h0, tensors.c0, tensors.masks))
-    params = [p if p is None else p.to(compute) for p in params]
+    x, h0, c0, masks, *params = (
+        t if t is None else t.to(compute) for t in (tensors.input, tensors.h0, tensors.c0, tensors.masks, *params)
+    )
     valid, packed = _valid(tensors), tensors.batch_sizes is not None
     if packed:
         x = _unpacked(x, valid)

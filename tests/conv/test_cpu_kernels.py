@@ -1,0 +1,165 @@
+"""The CPU kernels: C++ 1x1 and depthwise, and oneDNN behind the same op."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fused_ops
+from fused_ops.conv import op, reference
+from fused_ops.core import extension
+from tests.conv.oracle import ACTIVATIONS, inputs, plain
+from tests.support import assert_accurate, error, randn
+
+pytestmark = pytest.mark.skipif(not extension.has_kernel("conv2d_cpu", "CPU"), reason="_C.so was not built")
+LANES = (16, 8, 4)  # AVX-512, AVX2, the compiler's default; a processor without one runs the next
+
+
+def kernel(x, w, scale, shift, residual, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, act=None, lanes=16):
+    code = reference.CODES[act]
+    return torch.ops.fused_ops.conv2d_cpu(
+        x, w, scale, shift, residual, stride, padding, dilation, groups, code, lanes=lanes
+    )
+
+
+def exact(x, w, scale, shift, residual, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, act=None):
+    wide = [None if t is None else t.double() for t in (x, w, scale, shift, residual)]
+    return plain(F.conv2d, wide[0], wide[1], None, stride, padding, dilation, groups, *wide[2:], act)
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_pointwise_at_every_remainder(batch, lanes):
+    for channels in (1, 7, 33):
+        for out_channels in (1, 5, 16, 41):
+            for space in ((1, 1), (7, 7), (3, 29), (13, 1)):
+                x, w = randn(batch, channels, *space), randn(out_channels, channels, 1, 1, seed=1)
+                scale, shift = randn(out_channels, seed=2), randn(out_channels, seed=3)
+                residual = randn(batch, out_channels, *space, seed=4)
+                call = (x, w, scale, shift, residual)
+                assert_accurate(kernel(*call, act="relu6", lanes=lanes), exact(*call, act="relu6"), terms=channels + 3)
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("kernel_size", [(1, 2), (3, 3), (5, 5), (4, 7)], ids=str)
+def test_depthwise_at_every_remainder(kernel_size, stride, lanes):
+    for padding in (0, 1, 3):
+        for dilation in (1, 2, 3):
+            for space in ((9, 13), (17, 40)):
+                if any(n + 2 * padding < dilation * (k - 1) + 1 for n, k in zip(space, kernel_size)):
+                    continue
+                x, w = randn(2, 3, *space), randn(3, 1, *kernel_size, seed=1)
+                scale, shift = randn(3, seed=2), randn(3, seed=3)
+                place = ((stride, stride), (padding, padding), (dilation, dilation), 3)
+                residual = randn(*F.conv2d(x, w, None, *place).shape, seed=4)
+                call = (x, w, scale, shift, residual, *place)
+                got = kernel(*call, act="relu", lanes=lanes)
+                assert_accurate(got, exact(*call, act="relu"), terms=w[0].numel() + 3)
+
+
+def test_reach_past_the_image_reads_no_neighbour():
+    """Every plane but one is NaN: a kernel that reads outside its plane shows it."""
+    x = torch.full((1, 3, 8, 8), float("nan"))
+    x[:, 1] = randn(8, 8)
+    w = randn(3, 1, 5, 5)
+    for stride in (1, 2, 3):
+        place = ((stride, stride), (2, 2), (1, 1), 3)
+        got = kernel(x, w, None, None, None, *place)[:, 1]
+        assert_accurate(got, exact(x, w, None, None, None, *place)[:, 1], terms=25)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("shape", ["1x1", "depthwise", "3x3"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_and_infinity_pass_through_as_in_torch(activation, shape, backend):
+    channels, groups, size = 8, (8 if shape == "depthwise" else 1), (1 if shape == "1x1" else 3)
+    x, w = randn(1, channels, 9, 9), randn(8, channels // groups, size, size)
+    x[0, :, 0, 0], x[0, :, 4, 4], x[0, :, 8, 8] = float("nan"), float("inf"), -float("inf")
+    for residual in (None, randn(1, 8, 10 - size, 10 - size)):
+        got = fused_ops.conv2d(x, w, groups=groups, activation=activation, residual=residual, backend=backend)
+        y = F.conv2d(x, w, groups=groups)
+        want = reference.ACTIVATIONS[activation](y if residual is None else y + residual)
+        assert torch.equal(got.isnan(), want.isnan())
+        assert_accurate(got[~got.isnan()], want[~want.isnan()].double(), terms=72)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+def test_cpu_backend_is_the_definition(activation, groups, layout):
+    a = inputs(out_channels=12, groups=groups, residual=(2, 12, 5, 4))
+    place = ((2, 2), (1, 1), (1, 1), groups)
+    x, w = (a[key].to(memory_format=layout) for key in ("input", "weight"))
+    for residual in (None, a["residual"], a["residual"][:, :, :1]):
+        for bias, scale, shift in (
+            (a["bias"], a["scale"], a["shift"]),
+            (None, None, a["shift"]),
+            (a["bias"], None, None),
+        ):
+            got = fused_ops.conv2d(x, w, bias, *place, scale=scale, shift=shift, residual=residual,
+                                   activation=activation, backend="cpu")  # fmt: skip
+            wide = [None if t is None else t.double() for t in (x, w, bias, scale, shift, residual)]
+            want = plain(F.conv2d, *wide[:3], *place, *wide[3:], activation)
+            assert_accurate(got, want, terms=60)
+
+
+def test_conv1d_on_the_cpu_backend():
+    for groups, kernel_size, padding in ((1, 1, 0), (6, 4, 3), (1, 3, 1)):
+        x, w, b = randn(2, 6, 31), randn(6, 6 // groups, kernel_size), randn(6)
+        got = fused_ops.conv1d(x, w, b, 1, padding, 1, groups, scale=b.abs(), activation="relu", backend="cpu")
+        want = plain(F.conv1d, x.double(), w.double(), b.double(), 1, padding, 1, groups, b.abs().double(), None, None,
+                     "relu")  # fmt: skip
+        assert_accurate(got, want, terms=20)
+        assert got.stride() == F.conv1d(x, w, b, 1, padding, 1, groups).stride()
+
+
+def test_auto_takes_the_cpu_kernels_without_gradients_only():
+    a = inputs(kernel=(1, 1))
+    explained = fused_ops.explain(fused_ops.conv2d, a["input"], a["weight"], scale=a["scale"], activation="relu6")
+    assert explained.chosen == "cpu"
+    assert fused_ops.explain(fused_ops.conv2d, a["input"], a["weight"]).chosen == "reference"
+    a["weight"].requires_grad_()
+    call = (fused_ops.conv2d, a["input"], a["weight"])
+    assert fused_ops.explain(*call, scale=a["scale"]).chosen == "reference"
+    with torch.no_grad():
+        assert fused_ops.explain(*call, scale=a["scale"]).chosen == "cpu"
+
+
+def test_the_comparison_rejects_wrong_kernels():
+    """Mutants: shift before scale, a flipped filter, the residual after the activation, a lost last channel."""
+    x, w = randn(2, 5, 9, 8), randn(5, 1, 3, 3)
+    scale, shift, residual = randn(5, seed=2), randn(5, seed=3), randn(2, 5, 7, 6, seed=4)
+    call = (x, w, scale, shift, residual, (1, 1), (0, 0), (1, 1), 5)
+    right = exact(*call, act="relu")
+    per_channel = [t.view(-1, 1, 1) for t in (scale, shift)]
+    mutants = {
+        "shift before scale": F.relu((F.conv2d(x, w, groups=5) + per_channel[1]) * per_channel[0] + residual),
+        "flipped filter": kernel(x, w.flip(3).contiguous(), *call[2:], act="relu"),
+        "residual after activation": kernel(*call[:4], None, *call[5:], act="relu") + residual,
+        "last column lost": kernel(*call, act="relu").index_fill(3, torch.tensor([5]), 0.0),
+    }
+    assert_accurate(kernel(*call, act="relu"), right, terms=12)
+    for name, wrong in mutants.items():
+        assert error(wrong, right) > 1e-2, name
+        with pytest.raises(AssertionError):
+            assert_accurate(wrong, right, terms=12)
+
+
+def test_bad_arguments_to_the_raw_op_raise():
+    x, w = randn(1, 4, 5, 5), randn(4, 1, 3, 3)
+    place = ((1, 1), (0, 0), (1, 1), 4)
+    for bad in ((x.double(), w, None), (x, w, randn(3)), (x.transpose(2, 3), w, None), (x, randn(4, 2, 3, 3), None)):
+        with pytest.raises(RuntimeError):
+            kernel(*bad, None, None, *place)
+    with pytest.raises(RuntimeError, match="1x1 or depthwise"):
+        kernel(x, randn(4, 4, 3, 3), None, None, None)
+
+
+def test_output_format_agrees_with_torch():
+    for shape in ((2, 4, 5, 3), (1, 4, 1, 1), (2, 1, 5, 3), (1, 1, 1, 1), (2, 4, 1, 3)):
+        x, w = randn(*shape), randn(3, shape[1], 1, 1)
+        for image in (x, x.to(memory_format=torch.channels_last)):
+            for weight in (w, w.to(memory_format=torch.channels_last)):
+                out = F.conv2d(image, weight)
+                layout = op.output_format(image, weight)
+                assert torch.empty(out.shape, memory_format=layout).stride() == out.stride()
