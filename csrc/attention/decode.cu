@@ -56,7 +56,7 @@ void check_arguments(const Tensor& query, const Tensor& k_cache, const Tensor& v
     STD_TORCH_CHECK(t->is_cuda() && t->get_device_index() == query.get_device_index(), "all on query's device");
   }
   STD_TORCH_CHECK(dim == 64 || dim == 128 || dim == 256, "head dim must be 64, 128 or 256, got ", dim);
-  STD_TORCH_CHECK(k_cache.size(2) <= INT32_MAX, "capacity must fit 32 bits");
+  STD_TORCH_CHECK(k_cache.size(2) <= INT32_MAX - 4096, "capacity must fit 32 bits, one step past the end included");
 }
 
 Tensor decode_attention_cuda(Tensor query, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, double scale) {

@@ -16,16 +16,17 @@ FUSED_OPS_AVX512 void pointwise_512(const Pointwise& p, const PointwisePlan& pla
 FUSED_OPS_AVX2 void pointwise_256(const Pointwise& p, const PointwisePlan& plan, int64_t begin, int64_t end) {
   pointwise_tasks<8, 4>(p, plan, begin, end);
 }
+FUSED_OPS_AVX2 void depthwise_256(const Depthwise& d, int64_t begin, int64_t end) { depthwise_any<8>(d, begin, end); }
 FUSED_OPS_AVX512 void depthwise_512(const Depthwise& d, int64_t begin, int64_t end) {
-  depthwise_planes<16>(d, begin, end);
+  if (d.out_width <= 8) return depthwise_256(d, begin, end);  // a 16-wide vector would be more than half empty
+  depthwise_any<16>(d, begin, end);
 }
-FUSED_OPS_AVX2 void depthwise_256(const Depthwise& d, int64_t begin, int64_t end) { depthwise_planes<8>(d, begin, end); }
 #endif
 
 void pointwise_128(const Pointwise& p, const PointwisePlan& plan, int64_t begin, int64_t end) {
   pointwise_tasks<4, 4>(p, plan, begin, end);
 }
-void depthwise_128(const Depthwise& d, int64_t begin, int64_t end) { depthwise_planes<4>(d, begin, end); }
+void depthwise_128(const Depthwise& d, int64_t begin, int64_t end) { depthwise_any<4>(d, begin, end); }
 
 struct Kernels {
   int64_t lanes;
@@ -89,8 +90,10 @@ Tensor conv2d_cpu(Tensor input, Tensor weight, std::optional<Tensor> scale, std:
   if (groups == 1 && single) {
     const Pointwise p{x, w, data(scale), data(shift), data(residual), y,
                       batch, channels, out_channels, space[0] * space[1], activation};
-    const PointwisePlan plan = plan_pointwise(p.columns(), out_channels, chosen.lanes, torch::stable::get_num_threads());
-    const int64_t cost = std::max<int64_t>(plan.rows_per_chunk * channels * chosen.lanes * kPanelVectors, 1);
+    const int64_t threads = torch::stable::get_num_threads();
+    const PointwisePlan plan = plan_pointwise(p.columns(), channels, out_channels, chosen.lanes, threads);
+    const int64_t cost = std::max<int64_t>(
+        plan.rows_per_chunk * channels * plan.group_panels * chosen.lanes * kPanelVectors, 1);
     torch::stable::parallel_for(0, plan.tasks(), std::max<int64_t>(1, (1 << 18) / cost),
                                 [&](int64_t begin, int64_t end) { chosen.pointwise(p, plan, begin, end); });
     return output;

@@ -2,7 +2,7 @@
 //
 // One plane at a time: it is copied into a zero-bordered scratch, its columns sorted by their remainder modulo the
 // stride, so that N neighbouring outputs read N neighbouring floats at every tap, whatever the stride; no border tests.
-// Four output rows advance together: four independent sums per tap. A plane and its scratch fit the second level cache,
+// Seven output rows (images are often multiples of 7 high) advance together: seven independent sums. A plane and its scratch fit the second level cache,
 // so memory sees the input once and the output once: the floor is 4(HW + OH*OW) bytes per plane.
 #pragma once
 
@@ -44,7 +44,7 @@ FUSED_OPS_INLINE void fill_scratch(const Depthwise& d, const Scratch<N>& s, cons
     // Input column j is padded column c = j + padding: phase c % step, place c / step.
     const int64_t columns = std::min(d.width, s.pitch - d.padding[1]);
     if (step == 1) {
-      copy_short(to + d.padding[1], from, columns);
+      copy_row<N>(to + d.padding[1], from, columns);
     } else if (step == 2) {
       float *phase0 = to + d.padding[1] / 2, *phase1 = to + s.run + d.padding[1] / 2;
       if (d.padding[1] % 2) split_pairs(phase1, phase0 + 1, from, columns);
@@ -55,22 +55,48 @@ FUSED_OPS_INLINE void fill_scratch(const Depthwise& d, const Scratch<N>& s, cons
   }
 }
 
-template <int N, int ROWS>
-FUSED_OPS_INLINE void depthwise_rows(const Depthwise& d, const Scratch<N>& s, int64_t plane, int64_t y,
-                                     const float* scratch, const float* weight, const int64_t* taps) {
-  const int64_t channel = plane % d.channels, count = d.kernel[0] * d.kernel[1], stride = d.stride[0] * s.pitch;
-  const float scale = d.scale ? d.scale[channel] : 1.0f, shift = d.shift ? d.shift[channel] : 0.0f;
-  for (int64_t x = 0; x < d.out_width; x += N) {
-    Vector<N> sum[ROWS] = {};
-    const float* corner = scratch + y * stride + x;
+// The sums of ROWS output rows, N columns each, whose first tap is at `corner`. KERNEL and STRIDE are those along the
+// height of an undilated kernel: each scratch row is then loaded once per column of taps and used by every output row it
+// reaches. KERNEL 0 is any height, stride and dilation, one load per product.
+template <int N, int ROWS, int KERNEL, int STRIDE>
+FUSED_OPS_INLINE void depthwise_sums(const Depthwise& d, const Scratch<N>& s, const float* corner, const float* weight,
+                                     const int64_t* taps, Vector<N> (&sum)[ROWS]) {
+  if constexpr (KERNEL == 0) {
+    const int64_t count = d.kernel[0] * d.kernel[1], step = d.stride[0] * s.pitch;
     for (int64_t t = 0; t < count; ++t) {
-      const float* from = corner + taps[t];
       for (int r = 0; r < ROWS; ++r) {
         Vector<N> value;
-        load<N>(value, from + r * stride);
+        load<N>(value, corner + taps[t] + r * step);
         sum[r] += value * weight[t];
       }
     }
+  } else {
+    for (int64_t j = 0; j < d.kernel[1]; ++j) {
+      const float* from = corner + taps[j];
+      Vector<N> factor[KERNEL];
+      for (int i = 0; i < KERNEL; ++i) factor[i] = Vector<N>{} + weight[i * d.kernel[1] + j];
+#pragma GCC unroll 32
+      for (int row = 0; row < (ROWS - 1) * STRIDE + KERNEL; ++row, from += s.pitch) {
+        Vector<N> value;
+        load<N>(value, from);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+          const int i = row - r * STRIDE;
+          if (i >= 0 && i < KERNEL) sum[r] += value * factor[i];
+        }
+      }
+    }
+  }
+}
+
+template <int N, int ROWS, int KERNEL, int STRIDE>
+FUSED_OPS_INLINE void depthwise_rows(const Depthwise& d, const Scratch<N>& s, int64_t plane, int64_t y,
+                                     const float* scratch, const float* weight, const int64_t* taps) {
+  const int64_t channel = plane % d.channels;
+  const float scale = d.scale ? d.scale[channel] : 1.0f, shift = d.shift ? d.shift[channel] : 0.0f;
+  for (int64_t x = 0; x < d.out_width; x += N) {
+    Vector<N> sum[ROWS] = {};
+    depthwise_sums<N, ROWS, KERNEL, STRIDE>(d, s, scratch + y * d.stride[0] * s.pitch + x, weight, taps, sum);
     const int64_t lanes = std::min<int64_t>(N, d.out_width - x);
     for (int r = 0; r < ROWS; ++r) {
       const int64_t at = (plane * d.out_height + y + r) * d.out_width + x;
@@ -88,7 +114,8 @@ FUSED_OPS_INLINE void depthwise_rows(const Depthwise& d, const Scratch<N>& s, in
   }
 }
 
-template <int N> FUSED_OPS_INLINE void depthwise_planes(const Depthwise& d, int64_t begin, int64_t end) {
+template <int N, int KERNEL, int STRIDE>
+FUSED_OPS_INLINE void depthwise_planes(const Depthwise& d, int64_t begin, int64_t end) {
   const Scratch<N> s(d);
   const int64_t count = d.kernel[0] * d.kernel[1];
   std::vector<float> scratch(s.rows * s.pitch, 0.0f);
@@ -98,15 +125,27 @@ template <int N> FUSED_OPS_INLINE void depthwise_planes(const Depthwise& d, int6
     fill_scratch<N>(d, s, d.input + plane * d.height * d.width, scratch.data());
     const float* weight = d.weight + plane % d.channels * count;
     int64_t y = 0;
-    for (; y + 4 <= d.out_height; y += 4) {
-      depthwise_rows<N, 4>(d, s, plane, y, scratch.data(), weight, taps.data());
+    for (; y + 7 <= d.out_height; y += 7) {
+      depthwise_rows<N, 7, KERNEL, STRIDE>(d, s, plane, y, scratch.data(), weight, taps.data());
     }
-    switch (d.out_height - y) {
-      case 3: depthwise_rows<N, 3>(d, s, plane, y, scratch.data(), weight, taps.data()); break;
-      case 2: depthwise_rows<N, 2>(d, s, plane, y, scratch.data(), weight, taps.data()); break;
-      case 1: depthwise_rows<N, 1>(d, s, plane, y, scratch.data(), weight, taps.data()); break;
-      default: break;
+    for (; y + 3 <= d.out_height; y += 3) {
+      depthwise_rows<N, 3, KERNEL, STRIDE>(d, s, plane, y, scratch.data(), weight, taps.data());
     }
+    for (; y < d.out_height; ++y) {
+      depthwise_rows<N, 1, KERNEL, STRIDE>(d, s, plane, y, scratch.data(), weight, taps.data());
+    }
+  }
+}
+
+template <int N> FUSED_OPS_INLINE void depthwise_any(const Depthwise& d, int64_t begin, int64_t end) {
+  const int64_t kernel = d.dilation[0] == 1 && d.stride[0] <= 2 ? d.kernel[0] * 2 + d.stride[0] : 0;
+  switch (kernel) {
+    case 7: return depthwise_planes<N, 3, 1>(d, begin, end);
+    case 8: return depthwise_planes<N, 3, 2>(d, begin, end);
+    case 11: return depthwise_planes<N, 5, 1>(d, begin, end);
+    case 12: return depthwise_planes<N, 5, 2>(d, begin, end);
+    case 15: return depthwise_planes<N, 7, 1>(d, begin, end);
+    default: return depthwise_planes<N, 0, 1>(d, begin, end);
   }
 }
 

@@ -1,7 +1,7 @@
 // 1x1 convolution, stride 1, float32, contiguous (batch, channels, space): per image out = W (K x C) * X (C x P).
 //
 // The positions of all images are one row of columns, cut into panels of 3 vectors. A panel's C rows are gathered once
-// into a contiguous buffer (C * 48 floats: first or second level cache) and met by 8 rows of W at a time; the 8 x 3 sums
+// into a contiguous buffer (C * 48 floats, second level cache) and met by 8 rows of W at a time; the 8 x 3 sums
 // stay in registers from the first channel to the last and leave through the epilogue, straight into the caller's layout.
 // Nothing else touches memory: 2KCP flops over (C + K)P + KC floats, bound by the FMA units from C, K of about 16 up.
 #pragma once
@@ -21,21 +21,26 @@ struct Pointwise {
 };
 
 constexpr int kPanelVectors = 3;
+constexpr int64_t kGroupFloats = 32 * 1024;  // gathered input a group may hold: it stays in the second level cache
 
-// Work is cut into `panels` x `row_chunks` tasks; a task's rows are those of its chunk.
+// Work is cut into `groups` x `row_chunks` tasks: up to `group_panels` neighbouring panels, and a chunk of rows. The
+// panels of a group are visited for 8 rows before the next 8, so that every output row is written in long runs.
 struct PointwisePlan {
-  int64_t panels, row_chunks, rows_per_chunk;
-  int64_t tasks() const { return panels * row_chunks; }
+  int64_t groups, group_panels, row_chunks, rows_per_chunk;
+  int64_t tasks() const { return groups * row_chunks; }
 };
 
-inline PointwisePlan plan_pointwise(int64_t columns, int64_t out_channels, int64_t lanes, int64_t threads) {
-  const int64_t width = lanes * kPanelVectors;
-  const int64_t panels = (columns + width - 1) / width;
-  const int64_t wanted = threads > 1 ? (8 * threads + panels - 1) / std::max<int64_t>(panels, 1) : 1;
+inline PointwisePlan plan_pointwise(int64_t columns, int64_t channels, int64_t out_channels, int64_t lanes,
+                                    int64_t threads) {
+  const int64_t width = lanes * kPanelVectors, panels = (columns + width - 1) / width;
+  const int64_t fitting = kGroupFloats / std::max<int64_t>(channels * width, 1);
+  const int64_t group = std::max<int64_t>(1, std::min({fitting, int64_t{8}, panels / (4 * threads)}));
+  const int64_t groups = (panels + group - 1) / group;
+  const int64_t wanted = threads > 1 ? (8 * threads + groups - 1) / std::max<int64_t>(groups, 1) : 1;
   const int64_t blocks = (out_channels + 7) / 8;
   const int64_t chunks = std::max<int64_t>(1, std::min(wanted, blocks / 2));
   const int64_t rows = (blocks + chunks - 1) / chunks * 8;
-  return {panels, (out_channels + rows - 1) / rows, rows};
+  return {groups, group, (out_channels + rows - 1) / rows, rows};
 }
 
 template <int N>
@@ -114,29 +119,44 @@ FUSED_OPS_INLINE void pointwise_tile(const Pointwise& p, int64_t row, int64_t co
   }
 }
 
-template <int N, int ROWS, int VECTORS>
-FUSED_OPS_INLINE void pointwise_rows(const Pointwise& p, int64_t row, int64_t stop, int64_t column, int64_t count,
-                                     const float* panel) {
-  for (; row + ROWS <= stop; row += ROWS) pointwise_tile<N, ROWS, VECTORS>(p, row, column, count, panel);
-  for (; row < stop; ++row) pointwise_tile<N, 1, VECTORS>(p, row, column, count, panel);
+// ROWS rows of one panel of up to kPanelVectors vectors.
+template <int N, int ROWS>
+FUSED_OPS_INLINE void pointwise_panel(const Pointwise& p, int64_t row, int64_t column, int64_t count,
+                                      const float* panel) {
+  if (count > 2 * N) return pointwise_tile<N, ROWS, 3>(p, row, column, count, panel);
+  if (count > N) return pointwise_tile<N, ROWS, 2>(p, row, column, count, panel);
+  pointwise_tile<N, ROWS, 1>(p, row, column, count, panel);
 }
 
-// Tasks [begin, end) of the plan, panel by panel: a panel that two tasks share is gathered once.
+// Tasks [begin, end) of the plan, group by group: a group that two tasks share is gathered once.
 template <int N, int ROWS>
 FUSED_OPS_INLINE void pointwise_tasks(const Pointwise& p, const PointwisePlan& plan, int64_t begin, int64_t end) {
-  const int64_t full = N * kPanelVectors;
-  std::vector<float> buffer(p.channels * full + N);
-  int64_t packed = -1;
+  const int64_t width = N * kPanelVectors, panel_floats = p.channels * width;
+  std::vector<float> buffer(plan.group_panels * panel_floats);
+  int64_t gathered = -1;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t column = task / plan.row_chunks * full, count = std::min(full, p.columns() - column);
-    const int64_t vectors = (count + N - 1) / N;
-    if (packed != column) pack_panel<N>(p, column, count, vectors * N, buffer.data());
-    packed = column;
-    const int64_t row = task % plan.row_chunks * plan.rows_per_chunk;
+    const int64_t first = task / plan.row_chunks * plan.group_panels * width;
+    const int64_t last = std::min(first + plan.group_panels * width, p.columns());
+    if (gathered != first) {
+      float* panel = buffer.data();
+      for (int64_t column = first; column < last; column += width, panel += panel_floats) {
+        const int64_t count = std::min(width, last - column);
+        pack_panel<N>(p, column, count, (count + N - 1) / N * N, panel);
+      }
+      gathered = first;
+    }
+    int64_t row = task % plan.row_chunks * plan.rows_per_chunk;
     const int64_t stop = std::min(row + plan.rows_per_chunk, p.out_channels);
-    if (vectors == 3) pointwise_rows<N, ROWS, 3>(p, row, stop, column, count, buffer.data());
-    if (vectors == 2) pointwise_rows<N, ROWS, 2>(p, row, stop, column, count, buffer.data());
-    if (vectors == 1) pointwise_rows<N, ROWS, 1>(p, row, stop, column, count, buffer.data());
+    while (row < stop) {
+      const bool block = row + ROWS <= stop;
+      const float* panel = buffer.data();
+      for (int64_t column = first; column < last; column += width, panel += panel_floats) {
+        const int64_t count = std::min(width, last - column);
+        if (block) pointwise_panel<N, ROWS>(p, row, column, count, panel);
+        else pointwise_panel<N, 1>(p, row, column, count, panel);
+      }
+      row += block ? ROWS : 1;
+    }
   }
 }
 

@@ -17,17 +17,23 @@ template <int N> using Vector = typename VectorOf<N>::type;
 template <int N> FUSED_OPS_INLINE void load(Vector<N>& to, const float* from) { std::memcpy(&to, from, sizeof(to)); }
 template <int N> FUSED_OPS_INLINE void store(float* to, const Vector<N>& from) { std::memcpy(to, &from, sizeof(from)); }
 
-// memcpy for short runs, without a call: two overlapping moves of a fixed size.
+// memcpy without a call, for runs of up to 16: two overlapping moves of a fixed size.
 FUSED_OPS_INLINE void copy_short(float* to, const float* from, int64_t count) {
-  if (count > 16) {
-    std::memcpy(to, from, count * sizeof(float));
-  } else if (count >= 8) {
+  if (count >= 8) {
     std::memcpy(to, from, 32), std::memcpy(to + count - 8, from + count - 8, 32);
   } else if (count >= 4) {
     std::memcpy(to, from, 16), std::memcpy(to + count - 4, from + count - 4, 16);
   } else {
     for (int64_t i = 0; i < count; ++i) to[i] = from[i];
   }
+}
+
+// memcpy for rows: vectors, the last one overlapping the one before.
+template <int N> FUSED_OPS_INLINE void copy_row(float* to, const float* from, int64_t count) {
+  if (count < N) return copy_short(to, from, count);
+  Vector<N> value;
+  for (int64_t i = 0; i + N <= count; i += N) load<N>(value, from + i), store<N>(to + i, value);
+  load<N>(value, from + count - N), store<N>(to + count - N, value);
 }
 
 // even[i] = from[2i], odd[i] = from[2i + 1] for the `count` floats of `from`.

@@ -1,5 +1,6 @@
 """Attention, named and ordered like `torch.nn.functional`."""
 
+import torch
 from torch import Tensor
 
 from fused_ops.attention import op, reference
@@ -22,16 +23,19 @@ from fused_ops.core.dispatch import Backend, Op
 from fused_ops.core.errors import ArgumentError
 
 
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
 def _triton_supports(query, key, value, attn_mask, alibi_slopes, sinks, score, dropout_p, return_lse) -> str | None:
     if attn_mask is not None or alibi_slopes is not None or sinks is not None or dropout_p > 0.0:
         return "has no mask, ALiBi, sinks or dropout yet"
     if score.left >= 0 or score.right >= 0 or score.softcap is not None:
         return "has no window or softcap yet"
-    if query.dim() != 4:
-        return "takes (batch, heads, length, dim)"
-    if query.size(-1) > 256 or value.size(-1) != query.size(-1):
-        return "takes one head dim, at most 256"
-    if query.dtype.itemsize > 4 or not query.dtype.is_floating_point:
+    if query.dim() != 4 or key.dim() != 4 or query.size(0) != key.size(0) or query.size(1) % max(key.size(1), 1):
+        return "takes (batch, heads, length, dim) of one batch size, nothing broadcast"
+    if query.size(-1) > 256 or value.shape != key.shape:
+        return "takes values of the keys' shape, head dim at most 256"
+    if query.dtype not in _KERNEL_DTYPES:
         return "takes float32, float16 and bfloat16"
     return None
 
@@ -199,7 +203,7 @@ _DECODE_ROWS = 64
 def _decode_cuda_supports(query, k_cache, v_cache, cache_seqlens, sinks, score) -> str | None:
     if score.left >= 0 or score.softcap is not None or sinks is not None:
         return "has no window, softcap or sinks yet"
-    if query.dtype.itemsize > 4:
+    if query.dtype not in _KERNEL_DTYPES:
         return "takes float32, float16 and bfloat16"
     if query.size(-1) not in _DECODE_HEAD_DIMS or v_cache.size(-1) != query.size(-1):
         return "takes one head dim, 64, 128 or 256"

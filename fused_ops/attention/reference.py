@@ -39,6 +39,14 @@ def relative_position(score: Score, rows: int, columns: int, device: torch.devic
     return torch.arange(columns, device=device) - (torch.arange(rows, device=device)[:, None] + offset)
 
 
+def grouped(query: Tensor, key: Tensor) -> bool:
+    """Whether several query heads share a key head (other differences broadcast)."""
+    if query.dim() < 3 or key.dim() < 3:
+        return False
+    heads, kv_heads = query.size(-3), key.size(-3)
+    return heads != kv_heads and kv_heads > 0 and heads % kv_heads == 0
+
+
 def maths(query, key, value, attn_mask, alibi_slopes, sinks, *score, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
     """softmax(mask(softcap·tanh(scale·q·kᵀ/softcap) − slope·|distance|)) · v and its natural log-sum-exp, step by step.
 
@@ -47,7 +55,7 @@ def maths(query, key, value, attn_mask, alibi_slopes, sinks, *score, dropout_p: 
     score = Score(*score)
     compute = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
     q, k, v = (t.to(compute) for t in (query, key, value))
-    if q.dim() > 2 and k.size(-3) != q.size(-3):
+    if grouped(q, k):
         k, v = (t.repeat_interleave(q.size(-3) // t.size(-3), -3) for t in (k, v))
     rows, columns = q.size(-2), k.size(-2)
     s = (q * score.scale) @ k.transpose(-2, -1)
@@ -86,8 +94,8 @@ def attention(query, key, value, attn_mask, alibi_slopes, sinks, score, dropout_
     # On the CPU, F's own causal mask turns to NaN under a scale that is not positive.
     if alibi_slopes is not None or left >= 0 or right >= 0 or (is_causal and (bottom_right or scale <= 0)):
         attn_mask, is_causal = _as_mask(query, key, attn_mask, alibi_slopes, score), False
-    grouped = {"enable_gqa": True} if query.dim() > 2 and key.size(-3) != query.size(-3) else {}
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **grouped)
+    gqa = {"enable_gqa": True} if grouped(query, key) else {}
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **gqa)
     if not torch.is_grad_enabled() or dropout_p > 0.0 or torch.compiler.is_compiling() or out.grad_fn is None:
         return out
 

@@ -14,15 +14,15 @@ LN_2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def _attend(
     b_acc, b_max, b_sum, b_q, p_k, p_v, o_row, o_col, o_dim,
-    stride_kn, stride_vn, stride_kd, stride_vd, keys, diagonal, scale_log2, start, stop,
+    stride_kn, stride_vn, keys, diagonal, scale_log2, start, stop,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     IS_CAUSAL: tl.constexpr, IS_MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys start … stop into the running (accumulator, maximum, sum); IS_MASKED: some of them may be out of sight."""
     p_k += start * tl.cast(stride_kn, tl.int64)
     p_v += start * tl.cast(stride_vn, tl.int64)
-    o_k = o_dim[:, None] * stride_kd + o_col[None, :] * stride_kn
-    o_v = o_col[:, None] * stride_vn + o_dim[None, :] * stride_vd
+    o_k = o_dim[:, None] + o_col[None, :] * stride_kn
+    o_v = o_col[:, None] * stride_vn + o_dim[None, :]
     m_dim = o_dim < HEAD_DIM
     for i_n in tl.range(start, stop, BLOCK_N):
         m_col = i_n + o_col < keys
@@ -64,15 +64,19 @@ def _attend(
 @triton.jit
 def attention_fwd_kernel(
     p_q, p_k, p_v, p_out, p_lse,
-    stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_vb, stride_vh, stride_vn, stride_vd, heads, group, rows, keys, diagonal, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    heads, group, rows, keys, diagonal, scale,
+    HEAD_DIM: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale·q·kᵀ)·v and its log-sum-exp, keys in blocks with a running maximum and sum.
 
     Row i sees keys j ≤ i + diagonal if IS_CAUSAL. Dao 2023 (FlashAttention-2), section 3.1; exponentials to base 2.
+    Strides count UNITs of elements: 16 bytes where every row starts on a multiple of that, else one element.
     """
+    stride_qm *= UNIT
+    stride_kn *= UNIT
+    stride_vn *= UNIT
     blocks = tl.cdiv(rows, BLOCK_M)
     i_bh = tl.program_id(0) // blocks
     i_m = blocks - 1 - tl.program_id(0) % blocks  # the longest rows of a causal mask first
@@ -83,13 +87,19 @@ def attention_fwd_kernel(
     o_col = tl.arange(0, BLOCK_N)
     o_dim = tl.arange(0, BLOCK_D)
     m_q = (o_row < rows)[:, None] & (o_dim < HEAD_DIM)[None, :]
-    o_q = tl.arange(0, BLOCK_M)[:, None] * stride_qm + o_dim[None, :] * stride_qd
-    p_q += i_b * stride_qb + i_h * stride_qh + (i_m * BLOCK_M) * tl.cast(stride_qm, tl.int64)
+    o_q = tl.arange(0, BLOCK_M)[:, None] * stride_qm + o_dim[None, :]
+    p_q += (i_b * stride_qb + i_h * stride_qh) * UNIT + (i_m * BLOCK_M) * tl.cast(stride_qm, tl.int64)
+    p_k += (i_b * stride_kb + i_kv * stride_kh) * UNIT
+    p_v += (i_b * stride_vb + i_kv * stride_vh) * UNIT
+    p_out += (i_bh.to(tl.int64) * rows + i_m * BLOCK_M) * HEAD_DIM
+    if UNIT > 1:
+        p_q = tl.multiple_of(p_q, 16)
+        p_k = tl.multiple_of(p_k, 16)
+        p_v = tl.multiple_of(p_v, 16)
+        p_out = tl.multiple_of(p_out, 16)
     b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)
     b_q = tl.where(scale < 0, -b_q, b_q)  # so that the largest score stays the largest once scaled
     scale_log2 = tl.abs(scale) * LOG2_E
-    p_k += i_b * stride_kb + i_kv * stride_kh
-    p_v += i_b * stride_vb + i_kv * stride_vh
     # Every row of the block sees the keys before `clear`; no row sees one from `stop` on.
     stop = keys
     clear = keys
@@ -102,52 +112,67 @@ def attention_fwd_kernel(
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_acc, b_max, b_sum = _attend(
         b_acc, b_max, b_sum, b_q, p_k, p_v, o_row, o_col, o_dim,
-        stride_kn, stride_vn, stride_kd, stride_vd, keys, diagonal, scale_log2, 0, clear,
+        stride_kn, stride_vn, keys, diagonal, scale_log2, 0, clear,
         HEAD_DIM, BLOCK_N, BLOCK_D, IS_CAUSAL, False, PRECISION,
     )  # fmt: skip
     b_acc, b_max, b_sum = _attend(
         b_acc, b_max, b_sum, b_q, p_k, p_v, o_row, o_col, o_dim,
-        stride_kn, stride_vn, stride_kd, stride_vd, keys, diagonal, scale_log2, clear, stop,
+        stride_kn, stride_vn, keys, diagonal, scale_log2, clear, stop,
         HEAD_DIM, BLOCK_N, BLOCK_D, IS_CAUSAL, True, PRECISION,
     )  # fmt: skip
     b_out = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
     b_lse = tl.where(b_sum == 0.0, -float("inf"), (b_max + tl.log2(b_sum)) * LN_2)
-    i_first = i_bh.to(tl.int64) * rows + i_m * BLOCK_M
-    p_out += i_first * HEAD_DIM
+    p_lse += i_bh.to(tl.int64) * rows + i_m * BLOCK_M
     o_out = tl.arange(0, BLOCK_M)[:, None] * HEAD_DIM + o_dim[None, :]
     tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_q)
-    tl.store(p_lse + i_first + tl.arange(0, BLOCK_M), b_lse, mask=o_row < rows)
+    tl.store(p_lse + tl.arange(0, BLOCK_M), b_lse, mask=o_row < rows)
 
 
 def config(head_dim: int, itemsize: int, chip: tuple[int, int]) -> tuple[dict[str, int], int, int]:
-    """(block sizes, warps, stages) on compute capability `chip`: no spills, within its shared memory per block.
+    """(constants, warps, stages) on compute capability `chip`: no spills, within its shared memory per block.
 
     That is 227 KB on 9.0 and 10.0, 163 KB on 8.0, 99 KB on 8.6, 8.9 and 12.0; `gate_cases` lists what is compiled.
     """
     block_d = max(16, triton.next_power_of_2(head_dim))
+    unit = 1 if head_dim * itemsize % 16 else 16 // itemsize
     large = chip[0] in (9, 10)
     if itemsize == 4:
         m, n, warps, stages = _FLOAT32[block_d]
+    elif unit == 1:
+        m, n, warps, stages = _UNALIGNED[block_d]
     elif block_d == 256:
         m, n, warps, stages = 64, 32, 8, 2
     else:
         m, warps, stages = 128, 8, 3 if large else 2
         n = (128 if large else 64) * 64 // max(block_d, 64)
-    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d}, warps, stages
+    return {"HEAD_DIM": head_dim, "UNIT": unit, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d}, warps, stages
 
 
+# (BLOCK_M, BLOCK_N, warps, stages) by BLOCK_D.
 _FLOAT32 = {
     16: (64, 16, 4, 2),
     32: (64, 16, 4, 2),
-    64: (64, 32, 8, 2),
+    64: (64, 16, 8, 2),
     128: (32, 16, 8, 2),
     256: (32, 16, 16, 1),
 }
+# Half types whose rows start anywhere are loaded element by element, which takes registers for addresses.
+_UNALIGNED = {
+    16: (64, 64, 4, 2),
+    32: (64, 64, 4, 2),
+    64: (64, 64, 8, 2),
+    128: (64, 32, 8, 2),
+    256: (32, 32, 8, 2),
+}
 
 
-def narrow(tensor, reach: int = 256):
-    """`tensor`, copied if offsets within a block of `reach` rows or columns would not fit 32 bits."""
-    return tensor if max(tensor.stride()[2:]) * reach < 2**31 else tensor.contiguous()
+def _rows(tensor, unit: int):
+    """`tensor` itself if its rows start on multiples of `unit` elements and 32 bits reach across a block, or a copy."""
+    *outer, last = tensor.stride()
+    regular = last == 1 and outer[2] * 256 < 2**31 and all(stride % unit == 0 for stride in outer)
+    if regular and (unit == 1 or tensor.data_ptr() % 16 == 0):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def attention_fwd(query, key, value, scale: float, is_causal: bool, bottom_right: bool):
@@ -158,14 +183,15 @@ def attention_fwd(query, key, value, scale: float, is_causal: bool, bottom_right
     lse = query.new_empty((batch, heads, rows), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    query, key, value = narrow(query), narrow(key), narrow(value)
-    blocks, warps, stages = config(head_dim, query.element_size(), _chip(query))
-    attention_fwd_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]) * batch * heads,)](
-        query, key, value, out, lse, *query.stride(), *key.stride(), *value.stride(),
+    constants, warps, stages = config(head_dim, query.element_size(), _chip(query))
+    unit = constants["UNIT"]
+    query, key, value = (_rows(tensor, unit) for tensor in (query, key, value))
+    attention_fwd_kernel[(triton.cdiv(rows, constants["BLOCK_M"]) * batch * heads,)](
+        query, key, value, out, lse,
+        *(stride // unit for tensor in (query, key, value) for stride in tensor.stride()[:3]),
         heads, heads // kv_heads, rows, keys, keys - rows if bottom_right else 0, scale,
-        HEAD_DIM=head_dim, IS_CAUSAL=is_causal,
-        PRECISION=matmul_dot_precision() if query.dtype == torch.float32 else "ieee",
-        **blocks, num_warps=warps, num_stages=stages,
+        IS_CAUSAL=is_causal, PRECISION=matmul_dot_precision() if query.dtype == torch.float32 else "ieee",
+        **constants, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, lse
 
@@ -176,20 +202,16 @@ def _chip(tensor) -> tuple[int, int]:
 
 def gate_cases(chip: tuple[int, int]) -> list[tuple]:
     """(label, kernel, signature, constexprs, warps, stages) of every configuration `attention_fwd` picks on `chip`."""
-    strides = {f"stride_{tensor}{axis}": "i32" for tensor, axes in (("q", "bhm"), ("k", "bhn"), ("v", "bhn")) for axis in axes}
-    sizes = dict.fromkeys(("heads", "group", "rows", "keys", "diagonal"), "i32")
+    integers = [name for name in attention_fwd_kernel.arg_names if name.startswith("stride_")]
+    integers += ["heads", "group", "rows", "keys", "diagonal"]
     cases = []
-    for dtype, itemsize in (("fp16", 2), ("bf16", 2), ("fp32", 4)):
-        for precision in ("ieee", "tf32") if itemsize == 4 else ("ieee",):
-            for head_dim in (16, 32, 64, 80, 128, 256):
-                for is_causal in (False, True):
-                    blocks, warps, stages = config(head_dim, itemsize, chip)
-                    pointers = {**dict.fromkeys(("p_q", "p_k", "p_v", "p_out"), f"*{dtype}"), "p_lse": "*fp32"}
-                    constants = {
-                        **dict.fromkeys(("stride_qd", "stride_kd", "stride_vd"), 1),
-                        "HEAD_DIM": head_dim, "IS_CAUSAL": is_causal, "PRECISION": precision, **blocks,
-                    }  # fmt: skip
-                    label = f"attention_fwd {dtype} {precision} D={head_dim}{' causal' if is_causal else ''}"
-                    signature = {**pointers, **strides, **sizes, "scale": "fp32"}
-                    cases.append((label, attention_fwd_kernel, signature, constants, warps, stages))
+    for dtype, itemsize, precision in (("fp16", 2, "ieee"), ("bf16", 2, "ieee"), ("fp32", 4, "ieee"), ("fp32", 4, "tf32")):
+        for head_dim in (16, 32, 64, 80, 128, 256, 15, 31, 63, 127, 255):
+            for is_causal in (False, True) if head_dim % 2 == 0 else (True,):
+                constants, warps, stages = config(head_dim, itemsize, chip)
+                constants = {**constants, "IS_CAUSAL": is_causal, "PRECISION": precision}
+                signature = dict.fromkeys(("p_q", "p_k", "p_v", "p_out"), f"*{dtype}")
+                signature |= {"p_lse": "*fp32", "scale": "fp32", **dict.fromkeys(integers, "i32")}
+                label = f"{dtype} {precision} D={head_dim}{' causal' if is_causal else ''}"
+                cases.append((label, attention_fwd_kernel, signature, constants, warps, stages))
     return cases

@@ -35,6 +35,11 @@ def _check_unusual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) 
             )
         if value.dim() < 3 or value.size(-3) != key.size(-3):
             raise ArgumentError("value", f"of {key.size(-3)} heads like key", f"shape {tuple(value.shape)}")
+    else:
+        for name, tensor in (("key", key), ("value", value)):
+            if any(a != b and 1 not in (a, b) for a, b in zip(query.shape[-3::-1], tensor.shape[-3::-1])):
+                wanted = f"broadcastable to query's leading dimensions {tuple(query.shape[:-2])}"
+                raise ArgumentError(name, wanted, f"shape {tuple(tensor.shape)}")
 
 
 def check_mask(query: Tensor, key: Tensor, attn_mask: Tensor, is_causal: bool) -> None:

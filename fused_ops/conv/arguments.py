@@ -86,7 +86,7 @@ def _check_channels(dims, shape, kernel, bias, groups) -> None:
         raise TypeError(f"groups must be an int, got {type(groups).__name__}")
     if groups < 1:
         raise ArgumentError("groups", "positive", f"{groups}. non-positive groups is not supported")
-    if kernel[0] < groups:  # torch's order: out_channels, then channels
+    if kernel[0] < groups:
         said = f"expected weight to be at least {groups} at dimension 0, but got weight of size {list(kernel)} instead"
         raise ArgumentError(
             "weight", f"of at least {groups} out_channels", f"{kernel[0]}. Given groups={groups}, {said}"

@@ -25,24 +25,46 @@ NAMES = tuple(ACTIVATIONS)
 CODES = {name: code for code, name in enumerate(NAMES)}  # how kernels are told; 0 is none
 
 
-def epilogue(y: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, activation: str | None,
-             dims: int) -> Tensor:  # fmt: skip
+IN_PLACE = {
+    None: lambda x: x,
+    "relu": torch.relu_,
+    "relu6": partial(F.relu6, inplace=True),
+    "silu": partial(F.silu, inplace=True),
+    "tanh": torch.tanh_,
+    "sigmoid": torch.sigmoid_,
+    "hardswish": partial(F.hardswish, inplace=True),
+    "leaky_relu": partial(F.leaky_relu, inplace=True),
+}
+
+
+def epilogue(
+    y: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, activation: str | None, dims: int
+) -> Tensor:
     """act(y·scale + shift + residual) in y's dtype; scale and shift (channels,), ahead of `dims` dimensions of space.
 
-    Half types are computed in float32.
+    Half types are computed in float32. y is fresh: without gradients it is overwritten where that saves a pass.
     """
+    plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    activations = IN_PLACE if plain and not torch._C._functorch.get_dynamic_layer_stack_depth() else ACTIVATIONS
+    act = activations.get(activation) or ACTIVATIONS[activation]
     if scale is None and shift is None and residual is None:
-        return ACTIVATIONS[activation](y)
+        return act(y)
     per_channel = (-1, *(1,) * dims)
-    half = y.dtype in (torch.float16, torch.bfloat16)
-    result = y.float() if half else y
+    result = y.float() if y.dtype in (torch.float16, torch.bfloat16) else y
     if scale is not None:
-        result = result * scale.to(result.dtype).view(per_channel)
+        scale = scale.to(result.dtype).view(per_channel)
     if shift is not None:
-        result = result + shift.to(result.dtype).view(per_channel)
+        shift = shift.to(result.dtype).view(per_channel)
+    if scale is not None and shift is not None:
+        result = torch.addcmul(shift, result, scale)
+    elif scale is not None:
+        result = result * scale
+    elif shift is not None:
+        result = result + shift
     if residual is not None:
-        result = result + residual.to(result.dtype)
-    return ACTIVATIONS[activation](result).to(y.dtype)
+        residual = residual.to(result.dtype)
+        result = result.add_(residual) if activations is IN_PLACE else result + residual
+    return act(result).to(y.dtype)
 
 
 def conv1d(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation) -> Tensor:

@@ -43,8 +43,8 @@ def _activate(y, ACTIVATION: tl.constexpr):
 @triton.jit
 def conv2d_pointwise_fwd_kernel(
     p_input, p_weight, p_scale, p_shift, p_residual, p_out,
-    out_channels, positions, tiles,
-    CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, USE_SCALE: tl.constexpr, USE_SHIFT: tl.constexpr, USE_RESIDUAL: tl.constexpr,
+    out_channels, positions, tiles, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    USE_SCALE: tl.constexpr, USE_SHIFT: tl.constexpr, USE_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -121,8 +121,8 @@ def conv2d_pointwise_fwd(input, weight, scale, shift, residual, activation: int)
     with guard:
         conv2d_pointwise_fwd_kernel[grid](
             input, weight, scale, shift, residual, out, out_channels, positions, tiles,
-            channels, channels_last, scale is not None, shift is not None, residual is not None, activation, precision, **blocks,
-            num_warps=warps, num_stages=stages,
+            channels, channels_last, scale is not None, shift is not None, residual is not None, activation, precision,
+            **blocks, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out
 
@@ -138,7 +138,8 @@ def gate_cases(chip: tuple[int, int]) -> list[tuple]:
                 for channels_last in (False, True):
                     pointers = dict.fromkeys(("p_input", "p_weight", "p_residual", "p_out"), f"*{dtype}")
                     constants = {
-                        "CHANNELS": channels, "CHANNELS_LAST": channels_last, "USE_SCALE": True, "USE_SHIFT": True, "USE_RESIDUAL": True,
+                        "CHANNELS": channels, "CHANNELS_LAST": channels_last,
+                        "USE_SCALE": True, "USE_SHIFT": True, "USE_RESIDUAL": True,
                         "ACTIVATION": 3, "PRECISION": precision, **blocks,
                     }  # fmt: skip
                     layout = "NHWC" if channels_last else "NCHW"

@@ -12,8 +12,11 @@ from fused_ops.rnn import op, reference
 from fused_ops.rnn.checks import check_cell, check_dropout, check_sequence
 from fused_ops.rnn.reference import Static, Tensors
 
-# auto's rules for the CPU kernels were measured with AVX-512 and AVX2 (bench/results/cpu/gru_cpu.json).
+# What auto knows of the C++ GRU's speed is in bench/results/cpu/gru_cpu.json, measured with AVX-512.
 _VECTORISED = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+_NO_BACKWARD = "has no backward of its own: differentiating reference costs a second forward"
+_NOT_MEASURED = "is slower than torch's GEMM without AVX2"
+_TOO_SHORT = "packs its weights in every call, too much for so few steps (bench/results/cpu/gru_cpu.json)"
 
 
 def _differentiates(*tensors: Tensor | None) -> bool:
@@ -30,8 +33,15 @@ def _gru_cpu_supports(tensors: Tensors, params: tuple, static: Static, dropout: 
 
 def _gru_cpu_worthwhile(tensors: Tensors, params: tuple, static: Static, dropout: float) -> str | None:
     if _differentiates(tensors.input, tensors.h0, *params):
-        return "has no backward of its own: differentiating reference costs a second forward"
-    return None if _VECTORISED else "was measured with AVX2 and AVX-512 only"
+        return _NO_BACKWARD
+    if not _VECTORISED:
+        return _NOT_MEASURED
+    hidden, packed = tensors.h0.size(-1), tensors.batch_sizes is not None
+    time = (tensors.batch_sizes if packed else tensors.input).size(0)
+    steps = tensors.input.size(0) if packed else time * tensors.input.size(1)
+    if time >= max(16, hidden // 16) or steps >= max(16, hidden // 4):
+        return None
+    return _TOO_SHORT
 
 
 def _gru_cell_cpu_supports(input, *rest) -> str | None:
@@ -40,10 +50,10 @@ def _gru_cell_cpu_supports(input, *rest) -> str | None:
 
 def _gru_cell_cpu_worthwhile(input, h, *weights) -> str | None:
     if _differentiates(input, h, *weights):
-        return "has no backward of its own: differentiating reference costs a second forward"
+        return _NO_BACKWARD
     if not _VECTORISED:
-        return "was measured with AVX2 and AVX-512 only"
-    return None
+        return _NOT_MEASURED
+    return None if h.size(0) >= max(128, h.size(1) // 2) else _TOO_SHORT
 
 
 def _gpu_cell_supports(input, *rest) -> str | None:

@@ -30,7 +30,11 @@ def attend(
                     seen = mask.expand(heads, rows, columns)[h, i, j].item()
                     score = score + seen if mask.dtype != torch.bool else score if seen else -math.inf
                 away = j - (i + offset)
-                if (causal and away > 0) or (window[0] >= 0 and -away > window[0]) or (window[1] >= 0 and away > window[1]):
+                if (
+                    (causal and away > 0)
+                    or (window[0] >= 0 and -away > window[0])
+                    or (window[1] >= 0 and away > window[1])
+                ):
                     score = -math.inf
                 scores.append(score)
             everything = scores + ([sinks[h].item()] if sinks is not None else [])

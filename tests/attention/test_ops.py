@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+from torch.overrides import TorchFunctionMode
 
 from fused_ops import decode_attention, scaled_dot_product_attention, varlen_attention
-from fused_ops.attention import op  # noqa: F401 - registers the ops
+from fused_ops.attention import reference
 from tests.support import leaves, randn, value_and_gradients
 
 OPS = torch.ops.fused_ops
@@ -64,10 +65,30 @@ def test_fake_kernels_of_the_gpu_ops(dtype):
         assert lse.shape == (2, 6, 5) and lse.dtype == torch.float32
         decoded = OPS.decode_attention_cuda(q, k, k, seqlens, 0.125)
         assert decoded.shape == q.shape and decoded.dtype == dtype and decoded.is_contiguous()
-        assert decode_attention(q, k, k, seqlens).shape == q.shape
-        total = torch.empty(10, 6, 64, dtype=dtype, device="cuda")
-        out, lse = varlen_attention(total, total, total, seqlens, seqlens, 10, 10, is_causal=True, return_lse=True)
-        assert out.shape == total.shape and lse.shape == (6, 10)
+
+
+class NoReads(TorchFunctionMode):
+    """Fails where a value of a tensor would decide what happens next, which stalls a GPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        reads = {"tolist", "item", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__index__", "__float__"}
+        assert func.__name__ not in reads, f"reads a value back: {func}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lse", (True, False))
+def test_on_a_gpu_no_length_is_read_back(monkeypatch, lse):
+    monkeypatch.setattr(reference, "readable", lambda lengths: False)
+    q, k, v, _, sinks, *ends = packed()
+    with NoReads():
+        for extra in ({}, dict(sinks=sinks, softcap=2.0, window=(1, 1), alibi_slopes=sinks.abs())):
+            varlen_attention(q, k, v, *ends, 6, 6, is_causal=True, return_lse=lse, **extra)
+        q, k, v, seqlens, _ = cached()
+        decode_attention(q, k, v, seqlens, window=(2, 0), sinks=sinks)
+        decode_attention(q, k, v, seqlens)
+    monkeypatch.undo()
+    with pytest.raises(AssertionError, match="tolist"), NoReads():
+        decode_attention(q, k, v, seqlens)
 
 
 def compiled_equals_eager(fn, calls):
@@ -89,7 +110,7 @@ def compiled_equals_eager(fn, calls):
     ids=str,
 )
 def test_compiled_attention(options):
-    sizes = ((2, 5, 7), (3, 8, 4))
+    sizes = ((2, 5, 7), (3, 8, 4))[: 1 if "sinks" in options else 2]
     calls = [
         [randn(b, 2, rows, 8, requires_grad=True)] + [randn(b, 2, cols, 8, seed=i, requires_grad=True) for i in (1, 2)]
         for b, rows, cols in sizes
@@ -99,7 +120,8 @@ def test_compiled_attention(options):
 
 def test_compiled_attention_of_one_tensor():
     compiled_equals_eager(
-        lambda x: scaled_dot_product_attention(x, x, x, is_causal=True), [[randn(2, 2, n, 8, requires_grad=True)] for n in (5, 9)]
+        lambda x: scaled_dot_product_attention(x, x, x, is_causal=True),
+        [[randn(2, 2, n, 8, requires_grad=True)] for n in (5, 9)],
     )
 
 
@@ -161,7 +183,9 @@ def test_functorch_and_forward_ad():
     wanted = torch.autograd.grad(scaled_dot_product_attention(q.requires_grad_(), k, v, return_lse=True)[1].sum(), q)
     torch.testing.assert_close(gradient, wanted[0])
     tangent = randn(3, 2, 4, 8, dtype=torch.float64, seed=5)
-    _, derivative = torch.func.jvp(lambda k: scaled_dot_product_attention(q.detach(), k, v, sinks=k[0, :, 0, 0]), (k,), (tangent,))
+    _, derivative = torch.func.jvp(
+        lambda k: scaled_dot_product_attention(q.detach(), k, v, sinks=k[0, :, 0, 0]), (k,), (tangent,)
+    )
     step = 1e-6
     above, below = (
         scaled_dot_product_attention(q.detach(), k + d * tangent, v, sinks=(k + d * tangent)[0, :, 0, 0])

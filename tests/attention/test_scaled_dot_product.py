@@ -68,6 +68,24 @@ def test_any_number_of_leading_dimensions(shape):
     torch.testing.assert_close(plain, F.scaled_dot_product_attention(q, k, v, seen))
 
 
+@pytest.mark.parametrize(
+    "query, key",
+    (
+        ((2, 1, 5, 8), (2, 4, 7, 8)),
+        ((2, 4, 5, 8), (1, 4, 7, 8)),
+        ((1, 4, 5, 8), (2, 1, 7, 8)),
+        ((5, 8), (2, 4, 7, 8)),
+        ((2, 4, 5, 8), (7, 8)),
+    ),
+    ids=str,
+)
+def test_leading_dimensions_broadcast_like_torchs(query, key):
+    q, k = randn(*query), randn(*key, seed=1)
+    wanted = F.scaled_dot_product_attention(q, k, k)
+    torch.testing.assert_close(scaled_dot_product_attention(q, k, k), wanted)
+    torch.testing.assert_close(scaled_dot_product_attention(q, k, k, return_lse=True)[0], wanted)
+
+
 @pytest.mark.parametrize("requires", [r for r in product((False, True), repeat=4) if any(r)], ids=str)
 def test_every_subset_of_gradients(requires):
     inputs = [*make(), make_mask("per head")]
@@ -244,7 +262,9 @@ def test_dropout_is_torchs():
     torch.manual_seed(3)
     torch.testing.assert_close(got, F.scaled_dot_product_attention(q, k, v, dropout_p=0.4))
     ones = torch.ones(1, 4, 40, 8)
-    kept = torch.stack([scaled_dot_product_attention(q[:1], k[:1], ones, dropout_p=0.5, softcap=5.0) for _ in range(30)])
+    kept = torch.stack(
+        [scaled_dot_product_attention(q[:1], k[:1], ones, dropout_p=0.5, softcap=5.0) for _ in range(30)]
+    )
     assert abs(kept.mean().item() - 1.0) < 0.02 and kept.std() > 0.05
 
 
@@ -284,6 +304,7 @@ def bad(message, error=ValueError, **changes):
         bad("softcap must be positive", softcap=0.0),
         bad("alibi_slopes must be", alibi_slopes=randn(3)),
         bad("sinks must be", sinks=randn(4, 1)),
+        bad("key must be broadcastable to query's", key=randn(2, 2, 7, 8), value=randn(2, 2, 7, 8)),
         bad("key must be of a head count", key=randn(2, 3, 7, 8), value=randn(2, 3, 7, 8), enable_gqa=True),
     ),
 )

@@ -113,7 +113,18 @@ def test_the_path_that_reads_no_length_agrees(name, feature):
 
     def padded(q, k, v, lse):
         return reference._varlen_padded(
-            q, k, v, options.get("alibi_slopes"), options.get("sinks"), cu_q, cu_k, max_q + 1, max_k + 2, lse, score, 0.0
+            q,
+            k,
+            v,
+            options.get("alibi_slopes"),
+            options.get("sinks"),
+            cu_q,
+            cu_k,
+            max_q + 1,
+            max_k + 2,
+            lse,
+            score,
+            0.0,
         )
 
     wanted = value_and_gradients(

@@ -18,7 +18,11 @@ SHAPES = (
     Case(batch=0),
 )
 CASES = [Case(**{**vars(shape), "mode": mode}) for mode in MODES for shape in SHAPES]
-CASES += [Case("lstm", proj=2, layers=2, bidirectional=bidirectional, bias=bias) for bidirectional in (False, True) for bias in (False, True)]  # fmt: skip
+CASES += [
+    Case("lstm", proj=2, layers=2, bidirectional=bidirectional, bias=bias)
+    for bidirectional in (False, True)
+    for bias in (False, True)
+]
 RAGGED = [case for case in CASES if case.batch == 3]
 LENGTHS = torch.tensor([2, 5, 1])
 
@@ -168,7 +172,7 @@ def test_all_states_are_those_of_a_loop_over_steps(mode, batch_first):
     assert len(found) == 1 + 2 * states
     now, axis = tensors[1 : 1 + states], 1 if batch_first else 0
     for t in range(case.time):
-        output, *now = case.flat(tensors[0].narrow(axis, t, 1), *now, *tensors[1 + states :])
+        _, *now = case.flat(tensors[0].narrow(axis, t, 1), *now, *tensors[1 + states :])
         live = (t < lengths)[:, None]
         for every, state in zip(found[1 + states :], now):
             assert every.shape == (1, case.time, case.batch, case.hidden)

@@ -1,0 +1,88 @@
+"""Where the CPU kernels beat eager PyTorch: the measurement behind fused_ops/conv/rules.py.
+
+`python -m bench.measure.conv_pointwise` writes bench/results/cpu/conv_pointwise.json. A row is a convolution, a layout
+and an epilogue; its numbers are milliseconds (20th percentile) of F.conv2d and the eager epilogue in place, of
+backend="cpu", and the ratio. The eager epilogue is F.batch_norm for scale and shift, as in a network that runs its modules one by one.
+"""
+
+import itertools
+import json
+
+import torch
+import torch.nn.functional as F
+
+import fused_ops
+from bench.machine import RESULTS, line
+from bench.timing import measure
+from tests.support import randn
+
+# name: batch, channels, out_channels, size, kernel, stride, groups
+SHAPES = {
+    "1x1 expand 112": (2, 16, 96, 112, 1, 1, 1),
+    "1x1 project 56": (2, 144, 24, 56, 1, 1, 1),
+    "1x1 expand 14": (2, 112, 672, 14, 1, 1, 1),
+    "1x1 project 7": (2, 1152, 192, 7, 1, 1, 1),
+    "1x1 bottleneck 56": (1, 64, 256, 56, 1, 1, 1),
+    "1x1 bottleneck 7": (8, 2048, 512, 7, 1, 1, 1),
+    "depthwise 3x3 112": (2, 32, 32, 112, 3, 1, 32),
+    "depthwise 3x3 56 stride 2": (2, 96, 96, 113, 3, 2, 96),
+    "depthwise 5x5 14": (2, 672, 672, 14, 5, 1, 672),
+    "depthwise 5x5 7": (2, 1152, 1152, 7, 5, 1, 1152),
+    "depthwise 7x7 28": (1, 192, 192, 28, 7, 1, 192),
+    "stem 3x3 stride 2": (2, 3, 32, 225, 3, 2, 1),
+    "stem 7x7 stride 2": (1, 3, 64, 224, 7, 2, 1),
+    "3x3 56": (1, 64, 64, 56, 3, 1, 1),
+    "3x3 28": (4, 128, 128, 28, 3, 1, 1),
+    "3x3 7": (1, 512, 512, 7, 3, 1, 1),
+    "3x3 grouped 28": (2, 256, 256, 28, 3, 1, 32),
+    "tiny 1x1": (1, 4, 4, 4, 1, 1, 1),
+    "tiny depthwise": (1, 4, 4, 4, 3, 1, 4),
+    "tiny 3x3": (1, 4, 4, 4, 3, 1, 1),
+}
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+EPILOGUES = ("relu", "affine relu6", "affine residual relu", "affine silu")
+
+
+def row(name: str, layout: str, epilogue: str) -> dict:
+    batch, channels, out_channels, size, kernel, stride, groups = SHAPES[name]
+    x = randn(batch, channels, size, size).contiguous(memory_format=LAYOUTS[layout])
+    w = randn(out_channels, channels // groups, kernel, kernel).contiguous(memory_format=LAYOUTS[layout])
+    scale, shift = randn(out_channels, seed=1).abs(), randn(out_channels, seed=2)
+    mean, var = torch.zeros(out_channels), torch.ones(out_channels)
+    affine, act = "affine" in epilogue, epilogue.split()[-1]
+    place = (stride, kernel // 2, 1, groups)
+    residual = torch.randn_like(F.conv2d(x, w, None, *place)) if "residual" in epilogue else None
+
+    def eager():
+        y = F.conv2d(x, w, None, *place)
+        y = F.batch_norm(y, mean, var, scale, shift, False, 0.0, 0.0) if affine else y
+        y = y if residual is None else y.add_(residual)
+        return getattr(F, act)(y, inplace=True)
+
+    def ours():
+        return fused_ops.conv2d(
+            x, w, None, *place, scale=scale if affine else None, shift=shift if affine else None,
+            residual=residual, activation=act, backend="cpu",
+        )  # fmt: skip
+
+    torch.testing.assert_close(ours(), eager(), atol=1e-3, rtol=1e-3)
+    found = measure({"eager": eager, "cpu": ours}, seconds=0.12)
+    times = {f"{rival}_ms": round(timing.p20, 4) for rival, timing in found.timings.items()}
+    ratio = round(times["eager_ms"] / times["cpu_ms"], 3)
+    place = {"shape": name, "sizes": SHAPES[name], "layout": layout, "epilogue": epilogue}
+    return {**place, **times, "ratio": ratio, "disturbed": found.disturbed}
+
+
+@torch.no_grad()
+def main() -> None:
+    rows = []
+    for name, layout, epilogue in itertools.product(SHAPES, LAYOUTS, EPILOGUES):
+        rows.append(row(name, layout, epilogue))
+        print(*(f"{value!s:<28}" for value in rows[-1].values()))
+    path = RESULTS / "cpu" / "conv_pointwise.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": line(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
