@@ -22,7 +22,6 @@ from fused_ops.core import verified
 from fused_ops.core.dispatch import Backend, Op
 from fused_ops.core.errors import ArgumentError
 
-
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -118,7 +118,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
 
 def _merged(attn_mask: Tensor | None, key_padding_mask: Tensor | None, heads: int) -> Tensor | None:
-    """Both masks as one, broadcastable to (batch, heads, L, S); bool says what may be seen (torch.nn's say the reverse)."""
+    """Both masks as one, broadcastable to (batch, heads, L, S). A bool one says what may be seen, torch.nn's what not."""
     if attn_mask is not None:
         attn_mask = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, heads))
     if key_padding_mask is not None:

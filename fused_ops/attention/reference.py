@@ -3,6 +3,7 @@
 Shapes: query (..., heads, Lq, D), key (..., kv_heads, Lk, D), value (..., kv_heads, Lk, Dv).
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -167,7 +168,7 @@ def _no_lse(query: Tensor) -> Tensor:
 def _sequence_lengths(name: str, cu_seqlens: Tensor, total: int, bound: str, longest: int) -> list[int]:
     """Checked lengths; [0] for a batch of no sequences."""
     ends = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(ends, ends[1:])]
+    lengths = [end - start for start, end in pairwise(ends)]
     if ends[0] != 0 or ends[-1] != total or any(length < 0 for length in lengths):
         raise ArgumentError(name, f"non-decreasing from 0 to the total length {total}", ends)
     if lengths and max(lengths) > longest:

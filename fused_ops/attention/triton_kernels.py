@@ -205,7 +205,12 @@ def gate_cases(chip: tuple[int, int]) -> list[tuple]:
     integers = [name for name in attention_fwd_kernel.arg_names if name.startswith("stride_")]
     integers += ["heads", "group", "rows", "keys", "diagonal"]
     cases = []
-    for dtype, itemsize, precision in (("fp16", 2, "ieee"), ("bf16", 2, "ieee"), ("fp32", 4, "ieee"), ("fp32", 4, "tf32")):
+    for dtype, itemsize, precision in (
+        ("fp16", 2, "ieee"),
+        ("bf16", 2, "ieee"),
+        ("fp32", 4, "ieee"),
+        ("fp32", 4, "tf32"),
+    ):
         for head_dim in (16, 32, 64, 80, 128, 256, 15, 31, 63, 127, 255):
             for is_causal in (False, True) if head_dim % 2 == 0 else (True,):
                 constants, warps, stages = config(head_dim, itemsize, chip)

@@ -112,12 +112,12 @@ def check_tensors(layout: str, **tensors: Tensor) -> None:
 
 
 def check_groups(name: str, heads: int, kv_heads: int) -> None:
-    if kv_heads == 0 and heads > 0 or kv_heads > 0 and heads % kv_heads:
+    if heads % kv_heads if kv_heads else heads:
         raise ArgumentError(name, f"of a head count that divides query's {heads}", kv_heads)
 
 
 def check_lengths(name: str, lengths: Tensor, count: int | None, query: Tensor) -> None:
-    """A vector of `count` integers (None: at least one). Its values are the op's to check: on a GPU nobody reads them."""
+    """A vector of `count` integers (None: at least one). Its values are the op's to check; on a GPU nobody reads them."""
     if not isinstance(lengths, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(lengths).__name__}")
     if lengths.dtype not in (torch.int32, torch.int64):

@@ -25,17 +25,12 @@ def convolution(
     dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int
 ) -> tuple[tuple[int, ...], tuple[int, ...] | str, tuple[int, ...]]:
     """stride, padding and dilation, one per dimension of space; "same" stays where it pads unevenly."""
-    tensor("input", input)
-    tensor("weight", weight)
-    rank, shape, kernel = input.dim(), input.shape, weight.shape
-    if rank != dims + 2 and rank != dims + 1:
-        unbatched, batched = f"{dims + 1}D (unbatched)", f"{dims + 2}D (batched)"
-        said = f"Expected {unbatched} or {batched} input to conv{dims}d, but got input of size: {list(shape)}"
-        raise ArgumentError("input", f"{unbatched} or {batched}", f"{rank}D. {said}")
-    if len(kernel) != dims + 2:
-        said = f"Expected {len(kernel)}-dimensional input for {len(kernel)}-dimensional weight {list(kernel)}"
-        said = said if len(kernel) > 2 else "weight should have at least three dimensions"
-        raise ArgumentError("weight", f"{dims + 2}-dimensional", f"shape {tuple(kernel)}. {said}")
+    if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
+        tensor("input", input)
+        tensor("weight", weight)
+    shape, kernel = input.shape, weight.shape
+    if len(kernel) != dims + 2 or (len(shape) != dims + 2 and len(shape) != dims + 1):
+        _refuse_rank(dims, shape, kernel)
     stride = (stride,) * dims if type(stride) is int else each("stride", stride, dims)
     dilation = (dilation,) * dims if type(dilation) is int else each("dilation", dilation, dims)
     if type(padding) is int:
@@ -51,6 +46,16 @@ def convolution(
     if padding != "same":
         _check_space(shape, kernel, stride, padding, dilation)
     return stride, padding, dilation
+
+
+def _refuse_rank(dims: int, shape, kernel) -> None:
+    rank, unbatched, batched = len(shape), f"{dims + 1}D (unbatched)", f"{dims + 2}D (batched)"
+    if rank != dims + 2 and rank != dims + 1:
+        said = f"Expected {unbatched} or {batched} input to conv{dims}d, but got input of size: {list(shape)}"
+        raise ArgumentError("input", f"{unbatched} or {batched}", f"{rank}D. {said}")
+    said = f"Expected {len(kernel)}-dimensional input for {len(kernel)}-dimensional weight {list(kernel)}"
+    said = said if len(kernel) > 2 else "weight should have at least three dimensions"
+    raise ArgumentError("weight", f"{dims + 2}-dimensional", f"shape {tuple(kernel)}. {said}")
 
 
 def each(name: str, value, dims: int) -> tuple[int, ...]:
@@ -128,19 +133,21 @@ def _check_signs(stride, padding, dilation) -> None:
 
 
 def _check_space(shape, kernel, stride, padding, dilation) -> None:
-    for i in range(len(stride)):
-        size, taps = shape[i - len(stride)], kernel[i + 2]
+    space = shape[-len(stride) :]
+    for size, taps, pad, step in zip(space, kernel[2:], padding, dilation):
+        if size and taps and size + 2 * pad > step * (taps - 1):
+            continue
         if taps < 1:
             raise ArgumentError("weight", "of kernel sizes at least 1", f"shape {tuple(kernel)}")
         if size == 0 and shape[0] != 0 and kernel[1] != 0:
             said = f"Only zero batch or zero channel inputs are supported, but got input shape: {list(shape)}"
             raise ArgumentError("input", "non-empty in space", f"{tuple(shape)}. {said}")
-        if size + 2 * padding[i] < dilation[i] * (taps - 1) + 1:
-            padded = " x ".join(str(n + 2 * p) for n, p in zip(shape[-len(stride) :], padding))
+        if size + 2 * pad <= step * (taps - 1):
+            padded = " x ".join(str(n + 2 * p) for n, p in zip(space, padding))
             reach = " x ".join(str(d * (k - 1) + 1) for d, k in zip(dilation, kernel[2:]))
             said = f"Calculated padded input size per channel: ({padded}). Kernel size: ({reach})."
-            raise ArgumentError("weight", "of a kernel no larger than the padded input",
-                                f"({reach}). {said} Kernel size can't be greater than actual input size")  # fmt: skip
+            said = f"{said} Kernel size can't be greater than actual input size"
+            raise ArgumentError("weight", "of a kernel no larger than the padded input", f"({reach}). {said}")
 
 
 def output_shape(input: Tensor, weight: Tensor, stride, padding, dilation) -> tuple[int, ...]:

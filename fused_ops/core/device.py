@@ -46,6 +46,8 @@ def runs_on(found: tuple[int, int], arch_list: str) -> bool:
     """
     for arch in filter(None, arch_list.replace(";", " ").split()):
         number, ptx = arch.removesuffix("+PTX"), arch.endswith("+PTX")
+        if not number[0].isdigit():  # a name that torch's build knows ("Hopper"): the loader has the last word
+            return True
         major, minor = (int(part) for part in number.rstrip("af").split("."))
         if number.endswith("a"):
             if found == (major, minor):

@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def attend(
-    query, key, value, *, scale, mask=None, causal=False, bottom_right=False, window=(-1, -1), softcap=None, slopes=None,
-    sinks=None,
+    query, key, value, *, scale, mask=None, causal=False, bottom_right=False, window=(-1, -1), softcap=None,
+    slopes=None, sinks=None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse) in float64 of query (heads, Lq, D), key (kv_heads, Lk, D), value (kv_heads, Lk, Dv)."""
     heads, rows, _ = query.shape

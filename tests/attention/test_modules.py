@@ -160,7 +160,7 @@ def test_errors_are_torchs(arguments):
     theirs, ours = pair()
     query, key, value = (t.detach() for t in make("apart"))
     given = {"query": query, "key": key, "value": value, "need_weights": False, **arguments}
-    with pytest.raises(Exception) as wanted:  # noqa: PT011, B017 - whatever torch raises
+    with pytest.raises(Exception) as wanted:
         theirs(**given)
     with pytest.raises(wanted.type) as got:
         ours(**given)

@@ -36,7 +36,8 @@ CALLS = {
     "varlen forward without lse": lambda: (OPS.varlen_attention_fwd, (*packed(), 6, 6, False, *PLAIN)),
     "varlen backward": lambda: (
         OPS.varlen_attention_bwd,
-        ([randn(10, 4, 6), randn(4, 10)], list(packed()), [True, True, False, False, True, False, False], 6, 6, True, *SCORE),
+        ([randn(10, 4, 6), randn(4, 10)], list(packed()), [*(True, True, False, False, True), False, False],
+         6, 6, True, *SCORE),
     ),
     "decode forward": lambda: (OPS.decode_attention_fwd, (*cached(), *SCORE)),
     "decode backward": lambda: (
@@ -137,8 +138,10 @@ def test_compiled_varlen():
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
     for q, k, v, *ends in calls:
-        got = value_and_gradients(lambda *t: compiled(*t, *ends)[0], leaves(q, k, v))
-        wanted = value_and_gradients(lambda *t: run(*t, *ends)[0], leaves(q, k, v))
+        got, wanted = (
+            value_and_gradients(lambda *t, fn=fn, ends=ends: fn(*t, *ends)[0], leaves(q, k, v))
+            for fn in (compiled, run)
+        )
         torch.testing.assert_close(got, wanted)
     with pytest.raises(ValueError, match="cu_seqlens_q must be non-decreasing"):
         compiled(*calls[0][:3], calls[0][3] + 1, calls[0][4])
@@ -162,8 +165,10 @@ def test_compiled_decode():
     torch._dynamo.reset()
     compiled = torch.compile(decode_attention, fullgraph=True, dynamic=True, backend="aot_eager")
     for tensors, lengths in calls:
-        got = value_and_gradients(lambda *t: compiled(*t, lengths), leaves(*tensors))
-        wanted = value_and_gradients(lambda *t: decode_attention(*t, lengths), leaves(*tensors))
+        got, wanted = (
+            value_and_gradients(lambda *t, fn=fn, n=lengths: fn(*t, n), leaves(*tensors))
+            for fn in (compiled, decode_attention)
+        )
         torch.testing.assert_close(got, wanted)
     with pytest.raises(ValueError, match="cache_seqlens must be between 0 and the capacity"):
         compiled(*calls[0][0], torch.tensor([10, 1]))

@@ -202,7 +202,7 @@ def bad(message, error=ValueError, **changes):
         bad("cu_seqlens_k must be a vector of 4 numbers", cu_seqlens_k=torch.tensor([0, 15])),
         bad("cu_seqlens_q must be a vector of batch", cu_seqlens_q=torch.zeros(0, dtype=torch.int32)),
         bad("cu_seqlens_q must be non-decreasing from 0", cu_seqlens_q=torch.tensor([1, 3, 4, 10])),
-        bad("cu_seqlens_q must be non-decreasing from 0 to the total length 10", cu_seqlens_q=torch.tensor([0, 3, 4, 9])),
+        bad("cu_seqlens_q must be .* to the total length 10", cu_seqlens_q=torch.tensor([0, 3, 4, 9])),
         bad("cu_seqlens_k must be non-decreasing", cu_seqlens_k=torch.tensor([0, 9, 5, 15])),
         bad("max_seqlen_q must be at least the longest sequence of cu_seqlens_q, 6", max_seqlen_q=5),
         bad("max_seqlen_k must be the longest of 3", max_seqlen_k=1),
