@@ -2,7 +2,8 @@
 
 `python -m bench.measure.conv_pointwise` writes bench/results/cpu/conv_pointwise.json. A row is a convolution, a layout
 and an epilogue; its numbers are milliseconds (20th percentile) of F.conv2d and the eager epilogue in place, of
-backend="cpu", and the ratio. The eager epilogue is F.batch_norm for scale and shift, as in a network that runs its modules one by one.
+backend="cpu", and the ratio. The eager epilogue is F.batch_norm for scale and shift, as in a network that runs its
+modules one by one.
 """
 
 import itertools

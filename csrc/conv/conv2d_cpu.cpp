@@ -100,7 +100,7 @@ Tensor conv2d_cpu(Tensor input, Tensor weight, std::optional<Tensor> scale, std:
   }
   STD_TORCH_CHECK(weight.size(1) == 1 && groups == out_channels, "conv2d_cpu takes 1x1 or depthwise weights");
   const Depthwise d{x, w, data(scale), data(shift), data(residual), y,
-                    channels, input.size(2), input.size(3), space[0], space[1],
+                    output.numel(), channels, input.size(2), input.size(3), space[0], space[1],
                     {weight.size(2), weight.size(3)}, {stride[0], stride[1]}, {padding[0], padding[1]},
                     {dilation[0], dilation[1]}, activation};
   const int64_t cost = space[0] * space[1] * weight.size(2) * weight.size(3);

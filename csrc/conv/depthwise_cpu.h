@@ -16,7 +16,7 @@ namespace fused_ops::conv {
 struct Depthwise {
   const float *input, *weight, *scale, *shift, *residual;  // the last three may be null
   float* output;
-  int64_t channels, height, width, out_height, out_width;
+  int64_t elements, channels, height, width, out_height, out_width;  // elements: of the output
   int64_t kernel[2], stride[2], padding[2], dilation[2], activation;
 };
 
@@ -103,7 +103,7 @@ FUSED_OPS_INLINE void depthwise_rows(const Depthwise& d, const Scratch<N>& s, in
       Vector<N> result = sum[r] * scale + shift;
       if (d.residual) {
         Vector<N> other = {};
-        if (lanes == N) load<N>(other, d.residual + at);
+        if (at + N <= d.elements) load<N>(other, d.residual + at);  // past the row's end: lanes that are not stored
         else copy_short(reinterpret_cast<float*>(&other), d.residual + at, lanes);
         result += other;
       }

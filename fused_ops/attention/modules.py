@@ -31,9 +31,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         if (
             need_weights
+            or self._torch_is_faster(query, key, value)
             or not self._serves(query, key, value)
             or not self._serves_masks(query, key, key_padding_mask, attn_mask, is_causal)
-            or self._torch_is_faster(query, key, value)
         ):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -86,7 +86,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _torch_is_faster(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether torch's inference fast path (one fused op) may serve this call; it decides for itself."""
-        if not query.is_cpu or self.training or not self.batch_first or query is not key or key is not value:
+        if query is not key or key is not value or self.training or not self.batch_first or not query.is_cpu:
             return False
         if query.dim() == 2 or self.num_heads % 2 or not self._qkv_same_embed_dim or self.in_proj_bias is None:
             return False
@@ -118,7 +118,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
 
 def _merged(attn_mask: Tensor | None, key_padding_mask: Tensor | None, heads: int) -> Tensor | None:
-    """Both masks as one, broadcastable to (batch, heads, L, S). A bool one says what may be seen, torch.nn's what not."""
+    """Both masks as one, broadcastable to (batch, heads, L, S). Bool says what may be seen, torch.nn's what not."""
     if attn_mask is not None:
         attn_mask = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, heads))
     if key_padding_mask is not None:

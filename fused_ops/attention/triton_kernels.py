@@ -141,7 +141,7 @@ def config(head_dim: int, itemsize: int, chip: tuple[int, int]) -> tuple[dict[st
     elif unit == 1:
         m, n, warps, stages = _UNALIGNED[block_d]
     elif block_d == 256:
-        m, n, warps, stages = 64, 32, 8, 2
+        m, n, warps, stages = 64 if large else 32, 32, 8, 2
     else:
         m, warps, stages = 128, 8, 3 if large else 2
         n = (128 if large else 64) * 64 // max(block_d, 64)
@@ -150,16 +150,16 @@ def config(head_dim: int, itemsize: int, chip: tuple[int, int]) -> tuple[dict[st
 
 # (BLOCK_M, BLOCK_N, warps, stages) by BLOCK_D.
 _FLOAT32 = {
-    16: (64, 16, 4, 2),
+    16: (64, 16, 8, 2),
     32: (64, 16, 4, 2),
     64: (64, 16, 8, 2),
-    128: (32, 16, 8, 2),
+    128: (16, 16, 8, 2),
     256: (32, 16, 16, 1),
 }
 # Half types whose rows start anywhere are loaded element by element, which takes registers for addresses.
 _UNALIGNED = {
-    16: (64, 64, 4, 2),
-    32: (64, 64, 4, 2),
+    16: (64, 64, 8, 2),
+    32: (64, 64, 8, 2),
     64: (64, 64, 8, 2),
     128: (64, 32, 8, 2),
     256: (32, 32, 8, 2),

@@ -117,7 +117,7 @@ def check_groups(name: str, heads: int, kv_heads: int) -> None:
 
 
 def check_lengths(name: str, lengths: Tensor, count: int | None, query: Tensor) -> None:
-    """A vector of `count` integers (None: at least one). Its values are the op's to check; on a GPU nobody reads them."""
+    """A vector of `count` integers (None: at least one). The op checks its values; on a GPU nobody reads them."""
     if not isinstance(lengths, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(lengths).__name__}")
     if lengths.dtype not in (torch.int32, torch.int64):

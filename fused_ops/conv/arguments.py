@@ -29,6 +29,10 @@ def convolution(
         tensor("input", input)
         tensor("weight", weight)
     shape, kernel = input.shape, weight.shape
+    if type(stride) is type(padding) is type(dilation) is int and _common(
+        dims, shape, kernel, input, weight, bias, stride, padding, dilation, groups
+    ):
+        return (stride,) * dims, (padding,) * dims, (dilation,) * dims
     if len(kernel) != dims + 2 or (len(shape) != dims + 2 and len(shape) != dims + 1):
         _refuse_rank(dims, shape, kernel)
     stride = (stride,) * dims if type(stride) is int else each("stride", stride, dims)
@@ -46,6 +50,27 @@ def convolution(
     if padding != "same":
         _check_space(shape, kernel, stride, padding, dilation)
     return stride, padding, dilation
+
+
+def _common(dims, shape, kernel, input, weight, bias, stride, padding, dilation, groups) -> bool:
+    """Whether a batched call with one int for every dimension is right: the checks below in one expression."""
+    spare = 2 * padding + dilation
+    return (
+        len(shape) == len(kernel) == dims + 2
+        and stride > 0 <= padding
+        and dilation > 0
+        and type(groups) is int
+        and groups > 0
+        and shape[1] == kernel[1] * groups
+        and kernel[0] >= groups
+        and kernel[0] % groups == 0
+        and shape[-1] > 0 < kernel[-1]
+        and shape[-1] + spare > dilation * kernel[-1]
+        and shape[2] > 0 < kernel[2]
+        and shape[2] + spare > dilation * kernel[2]
+        and input.dtype is weight.dtype
+        and (bias is None or (isinstance(bias, Tensor) and bias.shape == kernel[:1] and bias.dtype is input.dtype))
+    )
 
 
 def _refuse_rank(dims: int, shape, kernel) -> None:

@@ -5,10 +5,10 @@ shape; bias is folded into shift here. `activation` is its code in `reference.CO
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fused_ops.conv import reference
+from fused_ops.conv.arguments import output_shape
 from fused_ops.core.autograd import reference_gradient, with_reference_gradient
 from fused_ops.core.device import TRITON_KEYS
 from fused_ops.core.library import define
@@ -49,16 +49,8 @@ def channels_last(tensor: Tensor) -> bool:
     return True
 
 
-def output_size(input: Tensor, weight: Tensor, stride, padding, dilation) -> tuple[int, ...]:
-    space = [
-        (input.size(i + 2) + 2 * padding[i] - dilation[i] * (weight.size(i + 2) - 1) - 1) // stride[i] + 1
-        for i in range(2)
-    ]
-    return (input.size(0), weight.size(0), *space)
-
-
 def _fake(input, weight, scale, shift, residual, stride, padding, dilation, groups, activation, lanes=None):
-    size = output_size(input, weight, stride, padding, dilation)
+    size = output_shape(input, weight, stride, padding, dilation)
     layout = output_format(input, weight)
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=layout)
 
@@ -82,12 +74,8 @@ def _conv2d_onednn(input, weight, scale, shift, residual, stride, padding, dilat
         y = torch.ops.mkldnn._convolution_pointwise.binary(
             input, residual, weight, shift, *geometry, "add", 1.0, None, [], None
         )
-    if name == "relu":
-        y.relu_()
-    elif name == "relu6":
-        F.hardtanh_(y, 0.0, 6.0)
-    elif attribute[0] == "none":
-        y = reference.ACTIVATIONS[name](y)
+    if attribute[0] == "none":
+        y = reference.overwritten(y, name)
     return y.contiguous(memory_format=layout)
 
 
@@ -110,7 +98,7 @@ def _arguments(input, weight, bias, scale, shift, residual, stride, padding, dil
     """A kernel's arguments, laid out as it wants them."""
     scale, shift = affine(bias, scale, shift)
     if residual is not None:
-        size = output_size(input, weight, stride, padding, dilation)
+        size = output_shape(input, weight, stride, padding, dilation)
         residual = residual.to(input.dtype).expand(size).contiguous(memory_format=output_format(input, weight))
     code = reference.CODES[activation]
     return input, weight, scale, shift, residual, stride, padding, dilation, groups, code
@@ -158,7 +146,7 @@ def conv2d_cpu(input, weight, bias, stride, padding, dilation, groups, scale, sh
     inside = activation if activation in VECTOR_ACTIVATIONS else None
     arguments = _arguments(input, weight, bias, scale, shift, residual, stride, padding, dilation, groups, inside)
     y = torch.ops.fused_ops.conv2d_cpu(*arguments)
-    return y if activation == inside else reference.ACTIVATIONS[activation](y)
+    return y if activation == inside else reference.overwritten(y, activation)
 
 
 def conv1d_cpu(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation):
@@ -190,9 +178,9 @@ def folded(running_mean, running_var, weight, bias, eps) -> tuple[Tensor, Tensor
     """Batch norm in evaluation as (scale, shift), at least float32."""
     compute = torch.promote_types(running_var.dtype, torch.float32)
     scale = torch.rsqrt(running_var.to(compute) + eps)
-    scale = scale if weight is None else scale * weight
-    shift = torch.addcmul(scale.new_zeros(()) if bias is None else bias.to(scale.dtype), running_mean, scale, value=-1)
-    return scale, shift
+    scale = scale if weight is None else scale * weight.to(compute)
+    bias = scale.new_zeros(()) if bias is None else bias.to(compute)
+    return scale, torch.addcmul(bias, running_mean.to(compute), scale, value=-1)
 
 
 def with_batch_norm(conv2d):

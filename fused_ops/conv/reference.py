@@ -37,6 +37,11 @@ IN_PLACE = {
 }
 
 
+def overwritten(y: Tensor, activation: str | None) -> Tensor:
+    """act(y), in y's memory where torch can."""
+    return (IN_PLACE.get(activation) or ACTIVATIONS[activation])(y)
+
+
 def epilogue(
     y: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, activation: str | None, dims: int
 ) -> Tensor:
@@ -44,27 +49,33 @@ def epilogue(
 
     Half types are computed in float32. y is fresh: without gradients it is overwritten where that saves a pass.
     """
-    plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    activations = IN_PLACE if plain and not torch._C._functorch.get_dynamic_layer_stack_depth() else ACTIVATIONS
-    act = activations.get(activation) or ACTIVATIONS[activation]
-    if scale is None and shift is None and residual is None:
-        return act(y)
-    per_channel = (-1, *(1,) * dims)
+    affine = scale is not None or shift is not None or residual is not None
+    if not affine and activation is None:
+        return y
+    in_place = not (
+        torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._functorch.get_dynamic_layer_stack_depth()
+    )
+    dtype = y.dtype
+    if affine:
+        y = _affine(y, scale, shift, residual, (-1, *(1,) * dims), in_place)
+    y = overwritten(y, activation) if in_place else ACTIVATIONS[activation](y)
+    return y.to(dtype)
+
+
+def _affine(y, scale, shift, residual, per_channel: tuple[int, ...], in_place: bool) -> Tensor:
     result = y.float() if y.dtype in (torch.float16, torch.bfloat16) else y
-    if scale is not None:
-        scale = scale.to(result.dtype).view(per_channel)
-    if shift is not None:
-        shift = shift.to(result.dtype).view(per_channel)
+    scale = None if scale is None else scale.to(result.dtype).view(per_channel)
+    shift = None if shift is None else shift.to(result.dtype).view(per_channel)
     if scale is not None and shift is not None:
         result = torch.addcmul(shift, result, scale)
     elif scale is not None:
         result = result * scale
     elif shift is not None:
         result = result + shift
-    if residual is not None:
-        residual = residual.to(result.dtype)
-        result = result.add_(residual) if activations is IN_PLACE else result + residual
-    return act(result).to(y.dtype)
+    if residual is None:
+        return result
+    residual = residual.to(result.dtype)
+    return result.add_(residual) if in_place else result + residual
 
 
 def conv1d(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation) -> Tensor:

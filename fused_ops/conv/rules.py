@@ -6,6 +6,7 @@ from fused_ops.conv import op
 from fused_ops.core import extension
 
 ONEDNN = torch.backends.mkldnn.is_available()
+SMALL = 16384  # elements of a 1x1 convolution's output
 MEASURED = "bench/results/cpu/conv_pointwise.json"
 
 
@@ -46,12 +47,14 @@ def cpu(input, weight, bias, stride, padding, dilation, groups, scale, shift, re
 def cpu_worthwhile(
     input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation
 ) -> str | None:
-    """By `MEASURED`: the C++ kernels win wherever there is an epilogue, oneDNN's fused convolution does not."""
-    if scale is None and shift is None and residual is None and activation is None:
-        return "has nothing to fuse"
-    if input.dim() == 4 and padding != "same" and op.vectorised(input, weight, stride, padding, groups):
-        return None
-    return f"has only oneDNN here, which is no faster than F.conv2d ({MEASURED})"
+    """By `MEASURED`: the C++ kernels win where scale or shift saves a pass; oneDNN's fused convolution does not."""
+    if scale is None and shift is None:
+        return "has no scale or shift to fuse"
+    if input.dim() != 4 or padding == "same" or not op.vectorised(input, weight, stride, padding, groups):
+        return f"has only oneDNN here, which is no faster than F.conv2d ({MEASURED})"
+    if groups == 1 and input.size(0) * input.size(2) * input.size(3) * weight.size(0) < SMALL:
+        return f"costs more to call than it saves on a small output ({MEASURED})"
+    return None
 
 
 def cpu1d(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation) -> str | None:

@@ -89,7 +89,8 @@ def _torch_sequence(tensors: Tensors, params: tuple, static: Static) -> tuple[Te
     def double(input, h0, c0, masks, *params):
         return maths(input, h0, c0, None, None, batch_sizes, masks, *params, *static)
 
-    if input.is_cpu and not (static.is_lstm and input.dtype != torch.float64):  # torch's own loop, twice differentiable
+    # On the CPU torch's own loops can be differentiated twice, and oneDNN's LSTM too, but for half types.
+    if input.is_cpu and not (static.is_lstm and input.dtype.itemsize == 2):
         return fused(input, h0, c0, masks, *params)
     return twice_differentiable(fused, double, input, h0, c0, masks, *params)
 

@@ -129,12 +129,7 @@ def test_nan_in_sight_is_seen(kernel):
 
 MUTANTS = {
     "keys past the end are read": ("if (key < end) {", "if (true) {"),
-    "the accumulator is not rescaled": ("acc[r][j] *= decay;", "acc[r][j] *= 1.0f;"),
     "lane groups are not merged": ("state.template merge_warp<Layout::kLanes>();", ""),
-    "splits are not weighted": (
-        "const float weight = exp2f(statistics[s].x - reference);",
-        "const float weight = 1.0f;",
-    ),
     "unwritten splits are read": ("if (statistics[s].y == 0.0f) continue;", ""),
 }
 

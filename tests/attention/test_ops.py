@@ -106,7 +106,7 @@ def compiled_equals_eager(fn, calls):
     (
         dict(is_causal=True),
         dict(is_causal=True, causal_alignment="bottom_right", window=(3, -1)),
-        dict(alibi_slopes=torch.tensor([0.5, 0.25]), sinks=torch.tensor([0.1, 0.2]), return_lse=True),
+        dict(sinks=torch.tensor([0.1, 0.2]), return_lse=True),
     ),
     ids=str,
 )

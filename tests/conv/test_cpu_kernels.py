@@ -114,10 +114,14 @@ def test_conv1d_on_the_cpu_backend():
 
 
 def test_auto_takes_the_cpu_kernels_without_gradients_only():
-    a = inputs(kernel=(1, 1))
+    a = inputs(space=(40, 30), kernel=(1, 1))
     explained = fused_ops.explain(fused_ops.conv2d, a["input"], a["weight"], scale=a["scale"], activation="relu6")
     assert explained.chosen == "cpu"
-    assert fused_ops.explain(fused_ops.conv2d, a["input"], a["weight"]).chosen == "reference"
+    for left in (dict(activation="relu"), dict(scale=a["scale"], input=a["input"][:, :, :2])):
+        assert (
+            fused_ops.explain(fused_ops.conv2d, **{**dict(input=a["input"], weight=a["weight"]), **left}).chosen
+            == "reference"
+        )
     a["weight"].requires_grad_()
     call = (fused_ops.conv2d, a["input"], a["weight"])
     assert fused_ops.explain(*call, scale=a["scale"]).chosen == "reference"

@@ -9,6 +9,7 @@ from tests.conv.oracle import ACTIVATIONS, inputs, plain
 from tests.support import assert_accurate, leaves, randn, value_and_gradients
 
 pytestmark = pytest.mark.gpu
+TRITON, CUDA = (pytest.mark.kernel(name) for name in ("conv.pointwise.fwd.triton", "conv.depthwise.fwd.cuda"))
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
@@ -31,6 +32,7 @@ def check(backend, a, place, activation, layout, terms):
     assert got.is_contiguous(memory_format=layout) and got.dtype is x.dtype
 
 
+@TRITON
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -44,6 +46,7 @@ def test_triton_pointwise(shape, dtype, layout):
         check("triton", a, (1, 0, 1, 1), activation, LAYOUTS[layout], channels)
 
 
+@CUDA
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [3, 7, 32, 72])
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7), (2, 4)], ids=str)
@@ -57,7 +60,7 @@ def test_cuda_depthwise(kernel, channels, dtype):
             check("cuda", a, place, activation, torch.channels_last, kernel[0] * kernel[1])
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=TRITON), pytest.param("cuda", marks=CUDA)])
 def test_gradients(backend):
     groups, kernel = (1, 1) if backend == "triton" else (8, 3)
     a = inputs(channels=8, kernel=(kernel, kernel), groups=groups, requires_grad=True)

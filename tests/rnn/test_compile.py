@@ -9,7 +9,7 @@ from torch.library import opcheck
 import fused_ops
 from fused_ops.core.device import TRITON_INTERPRETED
 from fused_ops.rnn import op, reference
-from tests.rnn.common import MODES, Case
+from tests.rnn.common import Case
 from tests.support import randn
 
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -29,13 +29,7 @@ def compiled(function, backend="aot_eager"):
 
 @pytest.mark.parametrize(
     ("mode", "what"),
-    [
-        *((mode, "plain") for mode in MODES),
-        ("gru", "lengths"),
-        ("lstm", "lengths"),
-        ("lstm", "resets"),
-        ("gru", "dropout"),
-    ],
+    (("rnn_relu", "plain"), ("gru", "lengths"), ("gru", "dropout"), ("lstm", "plain"), ("lstm", "resets")),
 )
 def test_one_graph_serves_every_batch_and_time(mode, what):
     layers, states = 2, 2 if mode == "lstm" else 1
@@ -118,16 +112,14 @@ def test_cells_compile_also_after_a_class_swap(kind):
             torch.testing.assert_close(call(x), cell(x))
 
 
-@pytest.mark.parametrize("mode", ("gru", "lstm"))
-def test_opcheck_of_the_reference_ops(mode):
-    case = Case(mode, time=3, layers=2, bidirectional=True, dtype=torch.float32)
+def test_opcheck_of_the_reference_ops():
+    case = Case("lstm", time=3, layers=2, bidirectional=True, dtype=torch.float32)
     tensors = case.tensors()
-    states = tensors[1:3] if mode == "lstm" else [tensors[1], None]
-    params = tensors[3:] if mode == "lstm" else tensors[2:]
+    states, params = tensors[1:3], tensors[3:]
     lengths, resets = torch.tensor([3, 0, 2]), torch.arange(9).reshape(3, 3) % 4 == 0
     packed = [torch.randn(6, 4), *states, None, None, torch.tensor([3, 2, 1]), None, *params]
     for inputs, all_states in (([tensors[0], *states, lengths, resets, None, None, *params], True), (packed, False)):
-        static = (mode, True, 2, True, all_states)
+        static = ("lstm", True, 2, True, all_states)
         opcheck(torch.ops.fused_ops.rnn_fwd_reference.default, (inputs, *static), test_utils=OPCHECKS)
         needs = [t is not None and t.is_floating_point() for t in inputs]
         grads = [torch.randn_like(t) for t in torch.ops.fused_ops.rnn_fwd_reference(inputs, *static)]
