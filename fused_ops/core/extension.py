@@ -78,5 +78,12 @@ host, host_missing = _load_host()
 
 @traced_as_constant
 def has_kernel(op: str, key: str) -> bool:
-    """Whether fused_ops::`op` has a kernel for dispatch key `key` ("CPU", "CUDA")."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_ops::{op}", key)
+    """Whether fused_ops::`op` has a kernel for dispatch key `key` ("CPU", "CUDA"). Remembered once it has."""
+    if (op, key) not in _registered:
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_ops::{op}", key):
+            return False
+        _registered.add((op, key))
+    return True
+
+
+_registered: set[tuple[str, str]] = set()

@@ -188,6 +188,7 @@ def test_a_backend_that_is_not_there_says_why(make_op, monkeypatch, name, tensor
 @pytest.mark.parametrize("stored", [None, "_C.so did not load: truncated"])
 def test_a_kernel_that_is_not_registered_is_refused_with_the_stored_reason(make_op, monkeypatch, stored):
     monkeypatch.setattr(extension, "kernels_missing", stored)
+    monkeypatch.setattr(extension, "_registered", set())
     with torch.library._scoped_library("fused_ops", "FRAGMENT") as library:
         library.define("schema_alone(Tensor x) -> Tensor")
         scaled = make_op("cpu", "reference", cpu={"needs": "schema_alone"})
