@@ -137,7 +137,7 @@ def config(head_dim: int, itemsize: int, chip: tuple[int, int]) -> tuple[dict[st
     unit = 1 if head_dim * itemsize % 16 else 16 // itemsize
     large = chip[0] in (9, 10)
     if itemsize == 4:
-        m, n, warps, stages = _FLOAT32[block_d]
+        m, n, warps, stages = (_FLOAT32 | _FLOAT32_BLACKWELL if chip[0] == 10 else _FLOAT32)[block_d]
     elif unit == 1:
         m, n, warps, stages = _UNALIGNED[block_d]
     elif block_d == 256:
@@ -156,6 +156,7 @@ _FLOAT32 = {
     128: (16, 16, 8, 2),
     256: (32, 16, 16, 1),
 }
+_FLOAT32_BLACKWELL = {64: (32, 16, 4, 2), 128: (16, 16, 4, 2)}
 # Half types whose rows start anywhere are loaded element by element, which takes registers for addresses.
 _UNALIGNED = {
     16: (64, 64, 8, 2),
