@@ -83,12 +83,15 @@ def _cpu_rounds(rivals, seconds: float) -> dict[str, Timing]:
     calls = {name: _calls_per_sample(fn) for name, fn in rivals.items()}
     samples: dict[str, list[float]] = {name: [] for name in rivals}
     stop = time.perf_counter() + seconds * len(rivals)
-    while time.perf_counter() < stop or len(samples[next(iter(rivals))]) < 7:
-        for name, fn in rivals.items():
+    turns = list(rivals)
+    while time.perf_counter() < stop or len(samples[turns[0]]) < 7:
+        for name in turns:
+            fn = rivals[name]
             start = time.perf_counter()
             for _ in range(calls[name]):
                 fn()
             samples[name].append((time.perf_counter() - start) * 1e3 / calls[name])
+        turns.append(turns.pop(0))  # nobody always follows the same rival's caches
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
@@ -110,15 +113,18 @@ def _gpu_rounds(rivals, seconds: float) -> dict[str, Timing]:
     torch.cuda.synchronize()
     samples: dict[str, list[float]] = {name: [] for name in rivals}
     stop = time.perf_counter() + seconds * len(rivals)
-    while time.perf_counter() < stop or len(samples[next(iter(rivals))]) < 10:
+    turns = list(rivals)
+    while time.perf_counter() < stop or len(samples[turns[0]]) < 10:
         events = {}
-        for name, fn in rivals.items():
+        for name in turns:
+            fn = rivals[name]
             flush.fill_(1)
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             fn()
             end.record()
             events[name] = start, end
+        turns.append(turns.pop(0))
         torch.cuda.synchronize()
         for name, (start, end) in events.items():
             samples[name].append(start.elapsed_time(end))
