@@ -5,6 +5,7 @@ squeeze-and-excitation, and TensorFlow's "same" padding.
 """
 
 import re
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
@@ -28,17 +29,17 @@ DAISY, PALACE, BELL_COTE = 985, 698, 442
 
 
 def chain(c_in: int, c_out: int, kernel: int = 1, stride: int = 1, groups: int = 1, act: bool = True) -> nn.Sequential:
-    """conv, BN and, with `act`, ReLU6. A stride of 2 leaves its uneven padding to `same_pad`."""
+    """conv, BN and, with `act`, ReLU6. At a stride of 2 TensorFlow's "same" padding is uneven, one more at the end."""
+    children = {}
+    if stride == 2:
+        before = (kernel - 2) // 2
+        children["pad"] = nn.ZeroPad2d((before, before + 1) * 2)
     padding = kernel // 2 if stride == 1 else 0
-    conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, groups=groups, bias=False)
-    norm = nn.BatchNorm2d(c_out, eps=1e-3, momentum=0.01)
-    return nn.Sequential(conv, norm, nn.ReLU6(inplace=True)) if act else nn.Sequential(conv, norm)
-
-
-def same_pad(kernel: int, stride: int) -> nn.Module:
-    """TensorFlow's "same" padding of an even-sized image ahead of a stride of 2: one more at the end than before."""
-    before = (kernel - 2) // 2
-    return nn.ZeroPad2d((before, before + 1) * 2) if stride == 2 else nn.Identity()
+    children["0"] = nn.Conv2d(c_in, c_out, kernel, stride, padding, groups=groups, bias=False)
+    children["1"] = nn.BatchNorm2d(c_out, eps=1e-3, momentum=0.01)
+    if act:
+        children["2"] = nn.ReLU6(inplace=True)
+    return nn.Sequential(OrderedDict(children))
 
 
 class Block(nn.Module):
@@ -48,14 +49,13 @@ class Block(nn.Module):
         super().__init__()
         inner = c_in * expansion
         self.expand = chain(c_in, inner) if expansion > 1 else nn.Identity()
-        self.pad = same_pad(kernel, stride)
         self.depthwise = chain(inner, inner, kernel, stride, groups=inner)
         self.project = chain(inner, c_out, act=False)
         self.residual = stride == 1 and c_in == c_out
 
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, c_in, height, width) -> (batch, c_out, height/stride, width/stride)."""
-        y = self.project(self.depthwise(self.pad(self.expand(x))))
+        y = self.project(self.depthwise(self.expand(x)))
         return x + y if self.residual else y
 
 
@@ -65,7 +65,6 @@ class EfficientNetLite0(nn.Module):
     def __init__(self, classes: int = 1000):
         super().__init__()
         channels = 32
-        self.pad = same_pad(3, 2)
         self.stem = chain(3, channels, 3, 2)
         blocks = []
         for repeats, kernel, stride, expansion, width in STAGES:
@@ -78,7 +77,7 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images (batch, 3, height, width) -> logits (batch, classes)."""
-        return self.classifier(self.head(self.blocks(self.stem(self.pad(images)))).mean((2, 3)))
+        return self.classifier(self.head(self.blocks(self.stem(images))).mean((2, 3)))
 
 
 PLACES = {

@@ -54,22 +54,27 @@ void check_float(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
 }
 
-// input (N, C, H, W), weight (K, C / groups, kh, kw), scale and shift (K,), residual (N, K, OH, OW).
+// input (N, C, H, W), weight (K, C / groups, kh, kw), scale and shift (K,), residual (N, K, OH, OW); padding (y, x) on both
+// sides, or (top, left, bottom, right).
 Tensor conv2d_cpu(Tensor input, Tensor weight, std::optional<Tensor> scale, std::optional<Tensor> shift,
                   std::optional<Tensor> residual, std::vector<int64_t> stride, std::vector<int64_t> padding,
                   std::vector<int64_t> dilation, int64_t groups, int64_t activation, int64_t lanes) {
   check_float(input, "input");
   check_float(weight, "weight");
   STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "input and weight must be 4-dimensional");
-  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, "one stride per dimension");
+  STD_TORCH_CHECK(stride.size() == 2 && dilation.size() == 2, "one stride per dimension");
+  STD_TORCH_CHECK(padding.size() == 2 || padding.size() == 4, "padding must be given per dimension or per side");
+  if (padding.size() == 2) padding.insert(padding.end(), {padding[0], padding[1]});
   STD_TORCH_CHECK(activation <= kRelu6 || activation == kHardswish || activation == kLeakyRelu,
                   "activation has no vector form here");
   const int64_t batch = input.size(0), channels = input.size(1), out_channels = weight.size(0);
   STD_TORCH_CHECK(weight.size(1) * groups == channels, "weight must have channels / groups");
   int64_t space[2];
   for (int i = 0; i < 2; ++i) {
-    const int64_t spare = input.size(i + 2) + 2 * padding[i] - dilation[i] * (weight.size(i + 2) - 1) - 1;
-    STD_TORCH_CHECK(spare >= 0 && stride[i] > 0 && padding[i] >= 0, "the kernel must fit the padded input");
+    const int64_t padded = input.size(i + 2) + padding[i] + padding[i + 2];
+    const int64_t spare = padded - dilation[i] * (weight.size(i + 2) - 1) - 1;
+    STD_TORCH_CHECK(spare >= 0 && stride[i] > 0 && padding[i] >= 0 && padding[i + 2] >= 0,
+                    "the kernel must fit the padded input");
     space[i] = spare / stride[i] + 1;
   }
   if (scale) check_float(*scale, "scale"), check_shape(*scale, {out_channels}, "scale");
@@ -86,7 +91,7 @@ Tensor conv2d_cpu(Tensor input, Tensor weight, std::optional<Tensor> scale, std:
   auto* y = static_cast<float*>(output.mutable_data_ptr());
   const Kernels chosen = kernels(lanes);
   const bool single = weight.size(2) == 1 && weight.size(3) == 1 && stride[0] == 1 && stride[1] == 1 &&
-                      padding[0] == 0 && padding[1] == 0;
+                      padding == std::vector<int64_t>(4, 0);
   if (groups == 1 && single) {
     const Pointwise p{x, w, data(scale), data(shift), data(residual), y,
                       batch, channels, out_channels, space[0] * space[1], activation};

@@ -176,11 +176,13 @@ def _check_space(shape, kernel, stride, padding, dilation) -> None:
 
 
 def output_shape(input: Tensor, weight: Tensor, stride, padding, dilation) -> tuple[int, ...]:
+    """padding: "same", one per dimension, or one per side: (top, left, bottom, right)."""
     dims = len(stride)
     space = input.shape[-dims:]
     if padding != "same":
+        before, after = padding[:dims], padding[-dims:]
         space = [
-            (space[i] + 2 * padding[i] - dilation[i] * (weight.size(i + 2) - 1) - 1) // stride[i] + 1
+            (space[i] + before[i] + after[i] - dilation[i] * (weight.size(i + 2) - 1) - 1) // stride[i] + 1
             for i in range(dims)
         ]
     return (*input.shape[: -dims - 1], weight.size(0), *space)

@@ -134,8 +134,14 @@ def conv_bn_act2d(
     input, weight, bias, stride, padding, dilation, groups,
     running_mean, running_var, bn_weight, bn_bias, eps, residual, activation,
 ) -> Tensor:  # fmt: skip
-    """act(BN(weight ⋆ input + bias) + residual) with BN in evaluation: what the modules run."""
+    """act(BN(weight ⋆ input + bias) + residual) with BN in evaluation: what the modules run.
+
+    padding is conv2d's, or one per side: (top, left, bottom, right).
+    """
+    sides = padding if isinstance(padding, tuple) and len(padding) == 4 else None
+    padding = padding if sides is None else (max(sides[::2]), max(sides[1::2]))
     stride, padding, dilation = arguments.convolution(2, input, weight, bias, stride, padding, dilation, groups)
+    padding = sides or padding
     if residual is not None:
         arguments.residual(residual, arguments.output_shape(input, weight, stride, padding, dilation))
     return _CONV_BN_ACT2D(

@@ -188,7 +188,8 @@ def fusible_chains(sequential: nn.Sequential) -> list[tuple[int, int]]:
     """(start, stop) of every run of children that `ConvSequential` computes as one op in evaluation.
 
     A chain is an untouched Conv2d with zero padding, then an untouched BatchNorm2d with running statistics or an
-    activation or both. Mode is not looked at: children in training are chains once they are in evaluation.
+    activation or both; it begins with the ZeroPad2d ahead of a depthwise convolution that has a BatchNorm2d. Mode is
+    not looked at: children in training are chains once they are in evaluation.
     """
     return _chains(list(sequential._modules.values()), in_any_mode=True)
 
@@ -204,15 +205,28 @@ def _chains(children: list[nn.Module], in_any_mode: bool = False) -> list[tuple[
         if i < len(children) and _activation_of(children[i]) is not None:
             i += 1
         if i - start > 1:
-            found.append((start, i))
+            padded = start > 0 and type(children[start + 1]) is nn.BatchNorm2d
+            found.append((start - 1 if padded and _pads(children[start - 1], children[start]) else start, i))
     return found
 
 
+def _pads(pad: nn.Module, conv: nn.Conv2d) -> bool:
+    """Whether `pad` may become the padding of `conv`, a depthwise one without."""
+    return (
+        type(pad) is nn.ZeroPad2d
+        and _untouched(pad)
+        and min(pad.padding) >= 0
+        and conv.groups == conv.in_channels == conv.out_channels
+        and conv.padding == (0, 0)
+    )
+
+
 def _run_chain(chain: list[nn.Module], input: Tensor) -> Tensor:
-    conv, *rest = chain
+    pad = chain[0] if type(chain[0]) is nn.ZeroPad2d else None
+    conv, *rest = chain if pad is None else chain[1:]
     activation = _activation_of(rest[-1])
     if type(rest[0]) is nn.BatchNorm2d:
-        return _folded(conv, rest[0], input, None, activation)
+        return _folded(conv, rest[0], input, None, activation, pad)
     return functional.conv2d(
         input, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups, activation=activation
     )
@@ -282,9 +296,20 @@ def _needs_grad(module: nn.Module, input: Tensor) -> bool:
     return torch.is_grad_enabled() and (input.requires_grad or any(p.requires_grad for p in module.parameters()))
 
 
-def _folded(conv: nn.Conv2d, bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, activation: str | None):
+def _folded(
+    conv: nn.Conv2d,
+    bn: nn.BatchNorm2d,
+    input: Tensor,
+    residual: Tensor | None,
+    activation: str | None,
+    pad: nn.ZeroPad2d | None = None,
+) -> Tensor:
+    padding = conv.padding
+    if pad is not None:
+        left, right, top, bottom = pad.padding
+        padding = (top, left, bottom, right)
     return functional.conv_bn_act2d(
-        input, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups,
+        input, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups,
         bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, residual, activation,
     )  # fmt: skip
 

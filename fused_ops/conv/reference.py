@@ -92,6 +92,9 @@ def conv_bn_act2d(
     input, weight, bias, stride, padding, dilation, groups,
     running_mean, running_var, bn_weight, bn_bias, eps, residual, activation,
 ) -> Tensor:  # fmt: skip
+    if len(padding) == 4 and padding != "same":
+        top, left, bottom, right = padding
+        input, padding = F.pad(input, (left, right, top, bottom)), (0, 0)
     y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, False, 0.0, eps)
     return epilogue(y, None, None, residual, activation, 2)

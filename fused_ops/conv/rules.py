@@ -21,7 +21,7 @@ def triton(input, weight, bias, stride, padding, dilation, groups, scale, shift,
 def cuda(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation) -> str | None:
     if input.dim() != 4 or input.numel() == 0:
         return "takes non-empty (batch, channels, height, width)"
-    if padding == "same":
+    if padding == "same" or len(padding) > 2:
         return "takes even padding"
     if groups != input.size(1) or groups != weight.size(0):
         return "takes depthwise convolutions, one filter per channel"
@@ -41,6 +41,8 @@ def cpu(input, weight, bias, stride, padding, dilation, groups, scale, shift, re
         return "has no gradient"
     if op.vectorised(input, weight, stride, padding, groups):
         return None if extension.has_kernel("conv2d_cpu", "CPU") else extension.kernels_missing or "was not built"
+    if len(padding) > 2:
+        return "takes even padding, but for depthwise convolutions"
     return None if ONEDNN else "needs a torch with oneDNN"
 
 

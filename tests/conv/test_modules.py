@@ -231,3 +231,35 @@ def test_explain_names_the_backend_of_a_chain():
     mine = swapped(trained(network(), randn(2, 3, 10, 10))).eval()
     with torch.no_grad():
         assert fused_ops.explain(mine, randn(2, 3, 10, 10)).op == "conv_bn_act2d"
+
+
+@pytest.mark.parametrize("sides", [(0, 1, 0, 1), (1, 2, 1, 2), (3, 0, 0, 2)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_a_depthwise_chain_takes_the_padding_ahead_of_it(stride, sides):
+    conv = nn.Conv2d(6, 6, 3, stride, groups=6, bias=False)
+    plain = nn.Sequential(nn.ZeroPad2d(sides), conv, nn.BatchNorm2d(6), nn.ReLU6())
+    plain(randn(4, 6, 11, 14))
+    fused = copy.deepcopy(plain.eval())
+    fused_ops.fuse(fused)
+    x = randn(2, 6, 11, 14, seed=3)
+    with torch.no_grad(), record() as choices:
+        value = fused(x)
+    assert_accurate(value, copy.deepcopy(plain).double()(x.double()), plain(x), terms=9)
+    assert [choice.op for choice in choices] == ["conv_bn_act2d"]
+    with torch.no_grad(), fused_ops.use_backend("reference"):
+        torch.testing.assert_close(fused(x), value)
+    wide = x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(wide), value)
+
+
+def test_padding_is_left_alone_where_the_chain_cannot_take_it():
+    dense, batch_norm = nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6)
+    depthwise = nn.Conv2d(6, 6, 3, groups=6)
+    pad = nn.ZeroPad2d((0, 1, 0, 1))
+    assert modules.fusible_chains(nn.Sequential(pad, dense, batch_norm)) == [(1, 3)]
+    assert modules.fusible_chains(nn.Sequential(pad, depthwise, nn.ReLU())) == [(1, 3)]
+    assert modules.fusible_chains(nn.Sequential(pad, depthwise, batch_norm)) == [(0, 3)]
+    assert modules.fusible_chains(nn.Sequential(nn.ZeroPad2d(-1), depthwise, batch_norm)) == [(1, 3)]
+    pad.register_forward_hook(lambda *_: None)
+    assert modules.fusible_chains(nn.Sequential(pad, depthwise, batch_norm)) == [(1, 3)]
