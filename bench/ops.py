@@ -21,20 +21,24 @@ def run(device: str, seconds: float, advance=lambda label: None) -> list[dict]:
 
 
 def _measure(case: Case, dtype: torch.dtype, device: str, seconds: float) -> dict:
-    with dispatch.record() as choices:
-        value = case.ours()
-    try:
-        check(value, next(iter(case.peers.values()))(), dtype)
-    except ArithmeticError as difference:
-        return {"wrong": str(difference)}
-    result = measure({"ours": case.ours, **case.peers}, seconds=seconds, on_gpu=device == "cuda")
-    ours = result.timings["ours"]
-    peer = min(case.peers, key=lambda name: result.timings[name].median)
+    backends = {}
+    for name, call in case.ours.items():
+        with dispatch.record() as choices:
+            value = call()
+        backends[name] = choices[0].backend
+        try:
+            check(value, next(iter(case.peers.values()))(), dtype)
+        except ArithmeticError as difference:
+            return {"wrong": str(difference)}
+    result = measure({**case.ours, **case.peers}, seconds=seconds, on_gpu=device == "cuda")
+    best, peer = (min(side, key=lambda name: result.timings[name].median) for side in (case.ours, case.peers))
+    ours = result.timings[best]
     by_flops = case.flops / case.bytes > 4.0
     rate = (case.flops if by_flops else case.bytes) / ours.median / 1e6
     return {
         "dtype": str(dtype).removeprefix("torch."),
-        "backend": choices[0].backend,
+        "form": best,
+        "backend": backends[best],
         "ms": ours.median,
         "p20": ours.p20,
         "p80": ours.p80,
@@ -42,7 +46,7 @@ def _measure(case: Case, dtype: torch.dtype, device: str, seconds: float) -> dic
         "unit": "GFLOP/s" if by_flops else "GB/s",
         "peer": peer,
         "peer_ms": result.timings[peer].median,
-        "speedup": result.ratio("ours", peer),
+        "speedup": result.ratio(best, peer),
         "disturbed": result.disturbed,
     }
 

@@ -16,9 +16,9 @@ _VF = torch._VF
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape: our call, PyTorch's ways to the same result, and the work that must be done."""
+    """One op at one shape: our ways and PyTorch's to the same result (layouts, say), and the work that must be done."""
 
-    ours: Callable[[], object]
+    ours: dict[str, Callable[[], object]]
     peers: dict[str, Callable[[], object]]
     flops: float
     bytes: float
@@ -46,7 +46,7 @@ def attention(batch: int, heads: int, length: int, dim: int, causal: bool = Fals
         gqa = kv_heads is not None
         flops = 4.0 * batch * heads * length * length * dim / (2 if causal else 1)
         return Case(
-            lambda: fused_ops.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa),
+            {"ours": lambda: fused_ops.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)},
             {"F": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)},
             flops,
             _bytes(q, k, v, q),
@@ -65,7 +65,7 @@ def decode(batch: int, heads: int, kv_heads: int, capacity: int, dim: int):
         mask = (torch.arange(capacity, device=device) < lengths[:, None])[:, None, None]
         used = int(lengths.sum()) * kv_heads * dim
         return Case(
-            lambda: fused_ops.decode_attention(q, k, v, lengths),
+            {"ours": lambda: fused_ops.decode_attention(q, k, v, lengths)},
             {"F with a mask": lambda: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)},
             4.0 * used * heads / kv_heads,
             2.0 * used * q.element_size(),
@@ -84,7 +84,7 @@ def convolution(batch: int, cin: int, cout: int, size: int, kernel: int, groups:
         ones, zeros = torch.ones_like(scale), torch.zeros_like(shift)
         pad = kernel // 2
 
-        def ours():
+        def ours(x):
             if act is None:
                 return fused_ops.conv2d(x, w, padding=pad, groups=groups)
             return fused_ops.conv2d(x, w, padding=pad, groups=groups, scale=scale, shift=shift, activation=act)
@@ -99,7 +99,7 @@ def convolution(batch: int, cin: int, cout: int, size: int, kernel: int, groups:
         last = x.to(memory_format=torch.channels_last)
         out = batch * cout * size * size
         return Case(
-            ours,
+            {"ours": lambda: ours(x), "ours channels_last": lambda: ours(last)},
             {"F": lambda: eager(x), "F channels_last": lambda: eager(last)},
             2.0 * out * cin // groups * kernel * kernel,
             _bytes(x, w) + out * x.element_size(),
@@ -126,18 +126,20 @@ def recurrent(op: str, batch: int, hidden: int, steps: int = 64, ragged: bool = 
         lengths = torch.linspace(steps, steps // 2, batch).long()
         ours, theirs = getattr(fused_ops, op), getattr(_VF, op)
         settings = (params, True, 1, 0.0, False, False)
-        if ragged:
-            on_device = lengths.to(device)
+        on_device = lengths.to(device) if ragged else None
 
-            def packed():
-                data = pack_padded_sequence(x, lengths)
-                return theirs(data.data, data.batch_sizes, hx, *settings)
+        def packed():
+            data = pack_padded_sequence(x, lengths)
+            return theirs(data.data, data.batch_sizes, hx, *settings)
 
-            rivals = lambda: ours(x, hx, *settings, False, lengths=on_device), {"packed": packed}
-        else:
-            rivals = lambda: ours(x, hx, *settings, False), {"torch": lambda: theirs(x, hx, *settings, False)}
+        peers = {"packed": packed} if ragged else {"torch": lambda: theirs(x, hx, *settings, False)}
         tokens = int(lengths.sum()) if ragged else steps * batch
-        return Case(*rivals, 4.0 * tokens * gates * hidden * hidden, _bytes(x, *params) + _bytes(x))
+        return Case(
+            {"ours": lambda: ours(x, hx, *settings, False, lengths=on_device)},
+            peers,
+            4.0 * tokens * gates * hidden * hidden,
+            2 * _bytes(x) + _bytes(*params),
+        )
 
     return build
 
@@ -154,7 +156,10 @@ def cell(op: str, batch: int, hidden: int):
         ours, theirs = getattr(fused_ops, op), getattr(_VF, op)
         flops = 4.0 * batch * gates * hidden * hidden
         return Case(
-            lambda: ours(x, hx, *params), {"torch": lambda: theirs(x, hx, *params)}, flops, _bytes(x, h, *params)
+            {"ours": lambda: ours(x, hx, *params)},
+            {"torch": lambda: theirs(x, hx, *params)},
+            flops,
+            _bytes(x, h, h, *params),
         )
 
     return build
