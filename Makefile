@@ -18,7 +18,10 @@ else
   BUILT := $(VENV)/.built
 endif
 
-.PHONY: bench test setup lint gate clean
+# On a GPU machine: where its results go.
+OUT ?= build/gpu
+
+.PHONY: bench test setup lint gate gpu clean
 
 bench: setup
 	$(PY) -m bench
@@ -29,6 +32,13 @@ test: setup
 
 gate: setup
 	$(PY) -m tests.gate $(GATE_FLAGS)
+
+# What only a GPU can settle: which kernels are right, how fast they are, what PyTorch does there.
+gpu: setup
+	mkdir -p $(OUT)
+	-$(PY) -m tests.verify --out $(OUT)/verified.json
+	-$(PY) -m bench --out $(OUT)
+	$(PY) -m bench baselines --out $(OUT)
 
 lint: setup
 	$(PY) -m ruff check .

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 
@@ -41,7 +42,7 @@ def main() -> int:
     name = "latest" if options.what == "all" else options.what
     (folder / f"{name}.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     report.draw(found["models"] + found["ops"], machine.line(), folder / f"{name}.png")
-    console.print(f"kept in bench/results/{folder.name}/{name}.json and {name}.png")
+    console.print(f"kept in {os.path.relpath(folder)}/{name}.json and {name}.png")
     return 0
 
 

@@ -39,13 +39,13 @@ def measured(path: Path) -> str:
         )
     lines += [
         "",
-        "| op | shape | dtype | backend | ms | rate | × PyTorch |",
+        "| op | shape | dtype | backend | ms | PyTorch ms | rate | × PyTorch |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in found["ops"]:
         lines.append(
             f"| `{row['op']}` | {row['shape']} | {row['dtype']} | {row['backend']} | {row['ms']:.4f} "
-            f"| {row['rate']:.1f} {row['unit']} | {_speed(row)} |"
+            f"| {row['peer_ms']:.4f} | {row['rate']:.1f} {row['unit']} | {_speed(row)} |"
         )
     return "\n".join(lines)
 

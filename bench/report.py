@@ -25,7 +25,7 @@ def print_models(console: Console, rows: list[dict]) -> None:
 
 
 def print_ops(console: Console, rows: list[dict]) -> None:
-    table = Table("op", "shape", "dtype", "backend", "ms", "rate", "× PyTorch", "against", title="Ops")
+    table = Table("op", "shape", "dtype", "backend", "ms", "PyTorch ms", "rate", "× PyTorch", "against", title="Ops")
     for row in rows:
         table.add_row(
             row["op"],
@@ -33,6 +33,7 @@ def print_ops(console: Console, rows: list[dict]) -> None:
             row["dtype"],
             row["backend"],
             f"{row['ms']:.4f}",
+            f"{row['peer_ms']:.4f}",
             f"{row['rate']:.1f} {row['unit']}",
             _speedup(row),
             row["peer"],
@@ -63,7 +64,7 @@ def draw(rows: list[dict], machine: str, path: Path) -> None:
     for place, value in enumerate(values):
         axes.text(value, place, f" {value:.2f}×", va="center", fontsize=8)
     axes.set_xlabel("speed relative to PyTorch")
-    axes.set_title(machine, fontsize=8)
+    axes.set_title(machine.replace(", torch", "\ntorch"), fontsize=8)
     axes.tick_params(axis="y", labelsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
