@@ -114,7 +114,7 @@ def test_conv1d_on_the_cpu_backend():
 
 
 def test_auto_takes_the_cpu_kernels_without_gradients_only():
-    a = inputs(space=(40, 30), kernel=(1, 1))
+    a = inputs(space=(64, 48), kernel=(1, 1))
     explained = fused_ops.explain(fused_ops.conv2d, a["input"], a["weight"], scale=a["scale"], activation="relu6")
     assert explained.chosen == "cpu"
     for left in (dict(activation="relu"), dict(scale=a["scale"], input=a["input"][:, :, :2])):
