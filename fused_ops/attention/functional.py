@@ -1,6 +1,7 @@
 """Attention, named and ordered like `torch.nn.functional`."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fused_ops.attention import op, reference
@@ -20,7 +21,7 @@ from fused_ops.attention.validation import (
 )
 from fused_ops.core import verified
 from fused_ops.core.dispatch import Backend, Op
-from fused_ops.core.errors import ArgumentError
+from fused_ops.core.errors import EXPLAINED, ArgumentError
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -98,6 +99,14 @@ def scaled_dot_product_attention(
 
     Source: Vaswani et al. 2017, section 3.2.1; the Triton kernel follows Dao 2023 (FlashAttention-2), section 3.1.
     """
+    plain = window is softcap is alibi_slopes is sinks is None and not return_lse and causal_alignment == "top_left"
+    if plain and dropout_p == 0.0 and (scale is None or scale > 0.0) and _ATTENTION.straight(backend, query):
+        try:
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        except EXPLAINED:
+            pass
     check_qkv(query, key, value, enable_gqa)
     if attn_mask is not None:
         check_mask(query, key, attn_mask, is_causal)

@@ -238,7 +238,12 @@ def decode(query, k_cache, v_cache, cache_seqlens, sinks, *score) -> tuple[Tenso
     outs = []
     for (q, k, v), length in zip(batches, lengths or [0]):
         own = aligned(score, rows, length, alibi=False)
-        outs.append(attention(q, k[:, :, :length], v[:, :, :length], None, None, sinks, own, 0.0, False))
+        k, v = k[:, :, :length], v[:, :, :length]
+        if rows == 1 and sinks is None and not own.is_causal and grouped(q, k):  # aligned: no window either
+            shared = q.squeeze(2).unflatten(1, (k.size(1), q.size(1) // k.size(1)))  # the heads of a key head as rows: it is read once
+            outs.append(attention(shared, k, v, None, None, None, own, 0.0, False).reshape(*q.shape[:3], v.size(3)))
+        else:
+            outs.append(attention(q, k, v, None, None, sinks, own, 0.0, False))
     return (outs[0] if len(outs) == 1 else torch.cat(outs),)
 
 

@@ -1,10 +1,12 @@
 """Convolution, batch norm and pooling, named and ordered like `torch.nn.functional`, with fused epilogues."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from fused_ops.conv import arguments, op, reference, rules
 from fused_ops.core import verified
 from fused_ops.core.dispatch import Backend, Op
+from fused_ops.core.errors import EXPLAINED
 
 _POINTWISE = verified.kernel("conv.pointwise.fwd.triton", "conv/triton_kernels.py")
 _DEPTHWISE = verified.kernel(
@@ -70,8 +72,14 @@ def conv1d(
 
     The other arguments, the result (batch, out_channels, out_length) and the errors are those of `conv2d`.
     """
+    epilogue = scale is not None or shift is not None or residual is not None or activation is not None
+    if not epilogue and _CONV1D.straight(backend, input):
+        try:
+            return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
+        except EXPLAINED:
+            pass
     stride, padding, dilation = arguments.convolution(1, input, weight, bias, stride, padding, dilation, groups)
-    if scale is not None or shift is not None or residual is not None or activation is not None:
+    if epilogue:
         _check_epilogue(input, weight, stride, padding, dilation, scale, shift, residual, activation)
     return _CONV1D(
         backend,
@@ -120,8 +128,14 @@ def conv2d(
     Source: an epilogue of scale, shift, residual and activation is what inference makes of batch norm (Ioffe and
     Szegedy 2015, section 3.1) in a residual block (He et al. 2016, section 3).
     """
+    epilogue = scale is not None or shift is not None or residual is not None or activation is not None
+    if not epilogue and _CONV2D.straight(backend, input):
+        try:
+            return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        except EXPLAINED:
+            pass
     stride, padding, dilation = arguments.convolution(2, input, weight, bias, stride, padding, dilation, groups)
-    if scale is not None or shift is not None or residual is not None or activation is not None:
+    if epilogue:
         _check_epilogue(input, weight, stride, padding, dilation, scale, shift, residual, activation)
     return _CONV2D(
         backend,

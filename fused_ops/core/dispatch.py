@@ -121,6 +121,7 @@ class Op:
         elsewhere = ("cuda",) if device.TRITON_INTERPRETED else ("cuda", "triton")
         self._on_cpu = tuple(backend for backend in backends if backend.name not in elsewhere)
         self._only_reference = Choice(name, "reference", "nothing else runs on the CPU")
+        self._straight = Choice(name, "reference", "torch's own function is all that was asked for")
         OPS[name] = self
 
     def __call__(self, requested: str | None, tensors: tuple, *call):
@@ -139,6 +140,29 @@ class Op:
                 self._note(self._only_reference, on_gpu=False)
             return self.reference.run(*call)
         return self._auto(tensors, call).run(*call)
+
+    def straight(self, requested: str | None, tensor: torch.Tensor) -> bool:
+        """Whether a call of torch's own function, nothing added, may go to it at once; its errors are explained later.
+
+        It may on the CPU, where `reference` serves it and without gradients is that function, unless a backend is
+        asked for or somebody watches.
+        """
+        if (
+            type(tensor) is not torch.Tensor
+            or not tensor.is_cpu
+            or requested is not None
+            or _context is not None
+            or _ENVIRONMENT_KEY in _environment
+            or _explaining
+            or _recordings
+            or device.TRITON_INTERPRETED
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+        ):
+            return False
+        if self._straight not in _logged:
+            self._note(self._straight, on_gpu=False)
+        return True
 
     def _cast(self, tensors: tuple, call: tuple) -> tuple[tuple, tuple]:
         """(tensors, call) as torch's autocast would hand them to the op."""

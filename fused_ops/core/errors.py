@@ -14,3 +14,7 @@ class ArgumentError(ValueError, RuntimeError):
     def __init__(self, argument: str, wanted: str, got: object):
         super().__init__(f"{argument} must be {wanted}, got {got}")
         self.argument = argument
+
+
+# What torch's own functions raise for bad arguments.
+EXPLAINED = (RuntimeError, TypeError, ValueError, IndexError)
