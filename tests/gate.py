@@ -1,4 +1,4 @@
-"""The compile gate: `python -m tests.gate [--capability 9.0 ...] [--unaligned]`. Needs no GPU.
+"""The compile gate: `python -m tests.gate [--capability 9.0 ...]`. Needs no GPU.
 
 For each chip it compiles every Triton configuration that dispatch would pick there (each room's `gate_cases`) and every
 csrc/*/*.cu, prints registers, spills and shared memory, and fails on
@@ -7,8 +7,8 @@ csrc/*/*.cu, prints registers, spills and shared memory, and fails on
 - a Triton kernel that no room's `gate_cases` names;
 - in Triton code, a `tl.dot` that does not say its `input_precision`, a lambda, or autotuning.
 
-A Triton kernel is compiled for arguments that are multiples of 16 (these are pipelined, and need the most shared
-memory); with `--unaligned` a second time, for any others (these need the most registers).
+A Triton kernel is compiled twice: for pointers and integers that are multiples of 16 (such loads are pipelined, and need
+the most shared memory), and for any others (these need the most registers).
 """
 
 import argparse
@@ -86,9 +86,9 @@ def defined_kernels(source: str) -> set[str]:
     }
 
 
-def cases(module: str, chip: tuple[int, int]) -> list[tuple]:
+def cases(module: str, chip: tuple[int, int], aligned: bool = True) -> list[tuple]:
     """(label, kernel, signature, constexprs, num_warps, num_stages) of a Triton file on `chip`."""
-    return getattr(import_module(module), "gate_cases", lambda chip: [])(chip)
+    return getattr(import_module(module), "gate_cases", lambda chip, aligned: [])(chip, aligned)
 
 
 def compile_triton(case: tuple, chip: tuple[int, int], aligned: bool) -> Row:
@@ -131,7 +131,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def _compile_numbered(module: str, number: int, chip: tuple[int, int], aligned: bool) -> Row:
-    return compile_triton(cases(module, chip)[number], chip, aligned)
+    return compile_triton(cases(module, chip, aligned)[number], chip, aligned)
 
 
 def find_nvcc() -> str | None:
@@ -186,7 +186,7 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
-def run(chips: list[tuple[int, int]], unaligned: bool = False, progress=lambda rows: rows) -> tuple[list, list]:
+def run(chips: list[tuple[int, int]], progress=lambda rows: rows) -> tuple[list, list]:
     """(rows, complaints) of the whole package."""
     complaints = [line for path in triton_sources() for line in lint(path.read_text(), str(path.relative_to(ROOT)))]
     jobs = []
@@ -194,8 +194,8 @@ def run(chips: list[tuple[int, int]], unaligned: bool = False, progress=lambda r
         complaints += uncovered(chips[0])
         for chip in chips:
             for path in triton_sources():
-                for number in range(len(cases(module_name(path), chip))):
-                    for aligned in (True, False) if unaligned else (True,):
+                for aligned in (True, False):
+                    for number in range(len(cases(module_name(path), chip, aligned))):
                         jobs.append((_compile_numbered, module_name(path), number, chip, aligned))
     if find_nvcc():
         jobs += [(compile_cuda, path, chip) for chip in chips for path in sorted((ROOT / "csrc").glob("*/*.cu"))]
@@ -226,7 +226,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gate", description=__doc__.splitlines()[0])
     names = [f"{major}.{minor}" for major, minor in LIMITS]
     parser.add_argument("--capability", nargs="+", choices=names, default=names, metavar="X.Y", help="default: all")
-    parser.add_argument("--unaligned", action="store_true", help="also for arguments that are not multiples of 16")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 replaces the compiler: unset it for the gate")
@@ -236,7 +235,7 @@ def main() -> int:
             console.print(f"{tool} is not here: its kernels are not checked")
     chips = [tuple(int(part) for part in name.split(".")) for name in options.capability]
     progress = partial(track, description="compiling", console=console, transient=True)
-    rows, complaints = run(chips, options.unaligned, progress)
+    rows, complaints = run(chips, progress)
     console.print(table(rows))
     failures = [f"{row.kernel} {row.config}: {row.failure}" for row in rows if row.failure] + complaints
     for failure in failures:

@@ -210,7 +210,7 @@ __device__ void decode_write(const DecodeParams& p, int64_t unit, int split, int
 
 // out (or its part over one split of the keys) = softmax(scale·q·kᵀ)·v. Grid: batch · kv_heads · splits.
 template <typename T, int D, int ROWS>
-__global__ void __launch_bounds__(kDecodeThreads) decode_split_kernel(const DecodeParams p) {
+__global__ void __launch_bounds__(kDecodeThreads, ROWS <= 2 ? 2 : 1) decode_split_kernel(const DecodeParams p) {
   using Layout = DecodeLayout<T, D>;
   constexpr int kUnroll = kDecodeUnroll<T>;
   extern __shared__ float4 decode_shared[];

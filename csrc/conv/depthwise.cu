@@ -21,13 +21,14 @@ template <typename T, int V>
 void launch_kernel(const DepthwiseShape& shape, const DepthwiseTensors<T>& tensors, int activation,
                    cudaStream_t stream) {
   const int k = shape.dilation_w == 1 ? shape.kernel_w : 0, stride = shape.stride_w;
+  constexpr int kFewer = V > 4 ? 4 : V;  // a wide window of 8 channels does not fit the registers
   if constexpr (V > 1) {
     if (k == 3 && stride == 1) return launch_strips<T, V, 3, 1>(shape, tensors, activation, stream);
     if (k == 3 && stride == 2) return launch_strips<T, V, 3, 2>(shape, tensors, activation, stream);
     if (k == 5 && stride == 1) return launch_strips<T, V, 5, 1>(shape, tensors, activation, stream);
-    if (k == 5 && stride == 2) return launch_strips<T, V, 5, 2>(shape, tensors, activation, stream);
+    if (k == 5 && stride == 2) return launch_strips<T, kFewer, 5, 2>(shape, tensors, activation, stream);
     if (k == 7 && stride == 1) return launch_strips<T, V, 7, 1>(shape, tensors, activation, stream);
-    if (k == 7 && stride == 2) return launch_strips<T, V, 7, 2>(shape, tensors, activation, stream);
+    if (k == 7 && stride == 2) return launch_strips<T, kFewer, 7, 2>(shape, tensors, activation, stream);
   }
   return launch_strips<T, V, 0, 1>(shape, tensors, activation, stream);
 }

@@ -201,7 +201,7 @@ def _chip(tensor) -> tuple[int, int]:
     return (capability(tensor.get_device()) if tensor.is_cuda else None) or (9, 0)
 
 
-def gate_cases(chip: tuple[int, int]) -> list[tuple]:
+def gate_cases(chip: tuple[int, int], aligned: bool) -> list[tuple]:
     """(label, kernel, signature, constexprs, warps, stages) of every configuration `attention_fwd` picks on `chip`."""
     integers = [name for name in attention_fwd_kernel.arg_names if name.startswith("stride_")]
     integers += ["heads", "group", "rows", "keys", "diagonal"]

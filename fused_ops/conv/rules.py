@@ -15,6 +15,8 @@ def triton(input, weight, bias, stride, padding, dilation, groups, scale, shift,
         return "takes non-empty (batch, channels, height, width)"
     if groups != 1 or weight.shape[2:] != (1, 1) or stride != (1, 1) or padding != (0, 0):
         return "takes 1x1 convolutions of stride 1 without groups or padding"
+    if max(input.size(1), weight.size(0), input.size(2) * input.size(3)) >= 1 << 24:
+        return "takes fewer than 2^24 channels and pixels an image"  # offsets within a tile have 32 bits
     return _float_type(input)
 
 

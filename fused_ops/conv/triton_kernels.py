@@ -70,36 +70,47 @@ def conv2d_pointwise_fwd_kernel(
     o_out = i_out + tl.arange(0, BLOCK_O)
     o_channel = tl.arange(0, BLOCK_C)
     m_position, m_out = o_position < positions, o_out < out_channels
-    p_x = p_input + o_position[:, None] * stride_in + o_channel[None, :].to(tl.int64) * stride_channel
-    p_w = p_weight + o_out[None, :] * CHANNELS + o_channel[:, None]
+    # Offsets within a tile fit 32 bits; what moves is a scalar.
+    p_input += i_position * stride_in
+    p_weight += i_out * CHANNELS
+    o_x = tl.arange(0, BLOCK_P)[:, None] * stride_in + o_channel[None, :] * stride_channel
+    o_w = tl.arange(0, BLOCK_O)[None, :] * CHANNELS + o_channel[:, None]
     b_sum = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
     for i_channel in tl.range(0, CHANNELS, BLOCK_C):
         m_channel = i_channel + o_channel < CHANNELS
-        b_x = tl.load(p_x, mask=m_position[:, None] & m_channel[None, :], other=0.0)
-        b_w = tl.load(p_w, mask=m_channel[:, None] & m_out[None, :], other=0.0)
+        b_x = tl.load(p_input + o_x, mask=m_position[:, None] & m_channel[None, :], other=0.0)
+        b_w = tl.load(p_weight + o_w, mask=m_channel[:, None] & m_out[None, :], other=0.0)
         b_sum = tl.dot(b_x, b_w, b_sum, input_precision=PRECISION)
-        p_x += tl.cast(BLOCK_C, tl.int64) * stride_channel
-        p_w += BLOCK_C
+        p_input += tl.cast(BLOCK_C, tl.int64) * stride_channel
+        p_weight += BLOCK_C
 
     if USE_SCALE:
         b_sum *= tl.load(p_scale + o_out, mask=m_out, other=0.0)[None, :]
     if USE_SHIFT:
         b_sum += tl.load(p_shift + o_out, mask=m_out, other=0.0)[None, :]
-    o_result = o_image + o_position[:, None] * stride_out + o_out[None, :] * stride_out_channel
+    o_tile = o_image + i_position * stride_out + i_out * stride_out_channel
+    o_result = tl.arange(0, BLOCK_P)[:, None] * stride_out + tl.arange(0, BLOCK_O)[None, :] * stride_out_channel
     m_result = m_position[:, None] & m_out[None, :]
     if USE_RESIDUAL:
-        b_sum += tl.load(p_residual + o_result, mask=m_result, other=0.0).to(tl.float32)
+        b_sum += tl.load(p_residual + o_tile + o_result, mask=m_result, other=0.0).to(tl.float32)
     b_sum = _activate(b_sum, ACTIVATION)
-    tl.store(p_out + o_result, b_sum.to(p_out.dtype.element_ty), mask=m_result)
+    tl.store(p_out + o_tile + o_result, b_sum.to(p_out.dtype.element_ty), mask=m_result)
 
 
-def config(positions: int, channels: int, out_channels: int, itemsize: int) -> tuple[dict[str, int], int, int]:
-    """(blocks, warps, stages). At most 72 KB of shared memory: it fits every chip from sm_80 on."""
+def config(
+    positions: int, channels: int, out_channels: int, itemsize: int, aligned: bool
+) -> tuple[dict[str, int], int, int]:
+    """(blocks, warps, stages). At most 72 KB of shared memory: it fits every chip from sm_80 on.
+
+    Not `aligned`, elements are moved one by one, each with an address in a register: smaller tiles, more warps.
+    """
+    if not aligned:
+        return {"BLOCK_P": 64, "BLOCK_O": 32 if out_channels <= 32 or itemsize == 4 else 64, "BLOCK_C": 32}, 8, 3
     block_o = 32 if out_channels <= 32 else 64 if out_channels <= 64 or itemsize == 4 else 128
     block_p = 64 if itemsize == 4 or positions < 16384 else 128
     block_c = 32 if itemsize == 4 or channels <= 32 else 64
     stages = 2 if block_p == 128 and block_o == 128 else 3
-    warps = 8 if block_p * block_o >= 16384 else 4
+    warps = 8 if block_p * block_o >= 16384 or (itemsize == 4 and block_o == 64) else 4
     return {"BLOCK_P": block_p, "BLOCK_O": block_o, "BLOCK_C": block_c}, warps, stages
 
 
@@ -113,7 +124,10 @@ def conv2d_pointwise_fwd(input, weight, scale, shift, residual, activation: int)
     size = (batch, out_channels, height, width)
     out = torch.empty(size, dtype=input.dtype, device=input.device, memory_format=layout)
     images, positions = (1, batch * height * width) if channels_last else (batch, height * width)
-    blocks, warps, stages = config(batch * height * width, channels, out_channels, input.element_size())
+    sizes = (channels, out_channels) if channels_last else (channels, out_channels, positions)
+    tensors = (input, weight, out, *(t for t in (scale, shift, residual) if t is not None))
+    aligned = all(size % 16 == 0 for size in sizes) and all(t.data_ptr() % 16 == 0 for t in tensors)
+    blocks, warps, stages = config(batch * height * width, channels, out_channels, input.element_size(), aligned)
     tiles = triton.cdiv(positions, blocks["BLOCK_P"])
     grid = (images * tiles * triton.cdiv(out_channels, blocks["BLOCK_O"]),)
     precision = convolution_dot_precision() if input.dtype is torch.float32 else "ieee"
@@ -127,14 +141,14 @@ def conv2d_pointwise_fwd(input, weight, scale, shift, residual, activation: int)
     return out
 
 
-def gate_cases(chip: tuple[int, int]) -> list[tuple]:
+def gate_cases(chip: tuple[int, int], aligned: bool) -> list[tuple]:
     """(label, kernel, signature, constexprs, warps, stages) of every configuration `conv2d_pointwise_fwd` picks."""
     sizes = dict.fromkeys(("out_channels", "positions", "tiles"), "i32")
     cases = {}
     for dtype, itemsize in (("fp16", 2), ("bf16", 2), ("fp32", 4)):
         for precision in ("ieee", "tf32") if itemsize == 4 else ("ieee",):
             for positions, channels, out_channels in _GATE_SHAPES:
-                blocks, warps, stages = config(positions, channels, out_channels, itemsize)
+                blocks, warps, stages = config(positions, channels, out_channels, itemsize, aligned)
                 for channels_last in (False, True):
                     pointers = dict.fromkeys(("p_input", "p_weight", "p_residual", "p_out"), f"*{dtype}")
                     constants = {

@@ -108,7 +108,7 @@ def lstm_cell_fwd(gi: Tensor, gh: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     return out_h, out_c
 
 
-def gate_cases(chip: tuple[int, int]) -> list[tuple]:
+def gate_cases(chip: tuple[int, int], aligned: bool) -> list[tuple]:
     """(label, kernel, signature, constexprs, warps, stages) of every configuration the cells pick, on any chip."""
     cases = []
     for hidden in (64, 256, 1024):
