@@ -7,8 +7,8 @@ csrc/*/*.cu, prints registers, spills and shared memory, and fails on
 - a Triton kernel that no room's `gate_cases` names;
 - in Triton code, a `tl.dot` that does not say its `input_precision`, a lambda, or autotuning.
 
-A Triton kernel is compiled twice: for pointers and integers that are multiples of 16 (such loads are pipelined, and need
-the most shared memory), and for any others (these need the most registers).
+A Triton kernel is compiled twice: for pointers and integers that are multiples of 16 (such loads are pipelined, and
+need the most shared memory), and for any others (these need the most registers).
 """
 
 import argparse

@@ -240,8 +240,9 @@ def decode(query, k_cache, v_cache, cache_seqlens, sinks, *score) -> tuple[Tenso
         own = aligned(score, rows, length, alibi=False)
         k, v = k[:, :, :length], v[:, :, :length]
         if rows == 1 and sinks is None and not own.is_causal and grouped(q, k):  # aligned: no window either
-            shared = q.squeeze(2).unflatten(1, (k.size(1), q.size(1) // k.size(1)))  # the heads of a key head as rows: it is read once
-            outs.append(attention(shared, k, v, None, None, None, own, 0.0, False).reshape(*q.shape[:3], v.size(3)))
+            # The heads of a key head as its rows: it is read once.
+            q = q.squeeze(2).unflatten(1, (k.size(1), q.size(1) // k.size(1)))
+            outs.append(attention(q, k, v, None, None, None, own, 0.0, False).flatten(1, 2).unsqueeze(2))
         else:
             outs.append(attention(q, k, v, None, None, sinks, own, 0.0, False))
     return (outs[0] if len(outs) == 1 else torch.cat(outs),)
