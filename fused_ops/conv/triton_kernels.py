@@ -110,7 +110,7 @@ def config(
     block_p = 64 if itemsize == 4 or positions < 16384 else 128
     block_c = 32 if itemsize == 4 or channels <= 32 else 64
     stages = 2 if block_p == 128 and block_o == 128 else 3
-    warps = 8 if block_p * block_o >= 16384 or (itemsize == 4 and block_o == 64) else 4
+    warps = 8 if block_p * block_o * itemsize >= 16384 else 4
     return {"BLOCK_P": block_p, "BLOCK_O": block_o, "BLOCK_C": block_c}, warps, stages
 
 
