@@ -3,18 +3,24 @@
 `python -m bench.measure.conv_pointwise` writes bench/results/cpu/conv_pointwise.json. A row is a convolution, a layout
 and an epilogue; its numbers are milliseconds (20th percentile) of F.conv2d and the eager epilogue in place, of
 backend="cpu", and the ratio. The eager epilogue is F.batch_norm for scale and shift, as in a network that runs its
-modules one by one.
+modules one by one. `chains` are 1x1 convolutions with a batch norm and ReLU6 as the modules run them, down to the
+smallest: eager is PyTorch's three modules, cpu the backend's conv_bn_act2d alone, both in CPU time on one thread, which
+a neighbour hardly disturbs. `--chains` measures these and keeps the rows.
 """
 
+import argparse
 import itertools
 import json
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import fused_ops
 from bench.machine import RESULTS, line
+from bench.measure.decode_cpu import cpu_microseconds
 from bench.timing import measure
+from fused_ops.conv import op
 from tests.support import randn
 
 # name: batch, channels, out_channels, size, kernel, stride, groups
@@ -42,6 +48,18 @@ SHAPES = {
 }
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 EPILOGUES = ("relu", "affine relu6", "affine residual relu", "affine silu")
+
+
+# batch, channels, out_channels, size
+CHAINS = (
+    *((batch, 64, 64, 1) for batch in (1, 2, 4, 8, 16, 32)),
+    *((batch, 512, 512, 1) for batch in (1, 2, 4, 8, 16, 32)),
+    *((1, *channels, size) for channels in ((16, 64), (512, 64), (64, 512), (512, 512)) for size in (2, 3, 4, 7, 8)),
+    (1, 1152, 320, 7),
+    (1, 320, 1280, 7),
+    (2, 1152, 192, 7),
+    (1, 480, 80, 14),
+)
 
 
 def row(name: str, layout: str, epilogue: str) -> dict:
@@ -74,15 +92,40 @@ def row(name: str, layout: str, epilogue: str) -> dict:
     return {**place, **times, "ratio": ratio, "disturbed": found.disturbed}
 
 
+def chain(batch: int, channels: int, out_channels: int, size: int) -> dict:
+    conv, norm = nn.Conv2d(channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
+    eager, x = nn.Sequential(conv, norm, nn.ReLU6(inplace=True)).eval(), randn(batch, channels, size, size)
+    place = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+
+    def ours():
+        return op.conv_bn_act2d_cpu(x, conv.weight, None, *place, *statistics, None, "relu6")
+
+    torch.testing.assert_close(ours(), eager(x), atol=1e-3, rtol=1e-3)
+    found = cpu_microseconds({"eager": lambda: eager(x), "cpu": ours}, 0.1)
+    times = {f"{rival}_ms": round(microseconds / 1e3, 4) for rival, microseconds in found.items()}
+    sizes = {"batch": batch, "channels": channels, "out_channels": out_channels, "size": size}
+    return {**sizes, **times, "ratio": round(times["eager_ms"] / times["cpu_ms"], 3)}
+
+
 @torch.no_grad()
 def main() -> None:
-    rows = []
-    for name, layout, epilogue in itertools.product(SHAPES, LAYOUTS, EPILOGUES):
-        rows.append(row(name, layout, epilogue))
-        print(*(f"{value!s:<28}" for value in rows[-1].values()))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--chains", action="store_true", help="measure the chains alone")
     path = RESULTS / "cpu" / "conv_pointwise.json"
+    if parser.parse_args().chains:
+        results = json.loads(path.read_text())
+    else:
+        results = {"machine": line(), "rows": []}
+        for name, layout, epilogue in itertools.product(SHAPES, LAYOUTS, EPILOGUES):
+            results["rows"].append(row(name, layout, epilogue))
+            print(*(f"{value!s:<28}" for value in results["rows"][-1].values()))
+    torch.set_num_threads(1)
+    results["chains"] = [chain(*sizes) for sizes in CHAINS]
+    for found in results["chains"]:
+        print(*(f"{value!s:<12}" for value in found.values()))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": line(), "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

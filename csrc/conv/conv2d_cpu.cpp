@@ -1,5 +1,8 @@
-// conv2d_cpu: the 1x1 and the depthwise kernel behind one op, each compiled for AVX-512, AVX2 and whatever the compiler
-// targets by default; the processor decides at run time.
+// conv2d_cpu and conv_bn_act2d_cpu: the 1x1 and the depthwise kernel, each compiled for AVX-512, AVX2 and whatever the
+// compiler targets by default; the processor decides at run time. conv_bn_act2d_cpu folds batch norm into scale and shift
+// itself, in every call: that is a few hundred numbers, where as tensors it would be five ops.
+#include <cmath>
+
 #include "common/check.h"
 #include "conv/depthwise_cpu.h"
 #include "conv/pointwise_cpu.h"
@@ -54,11 +57,14 @@ void check_float(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
 }
 
-// input (N, C, H, W), weight (K, C / groups, kh, kw), scale and shift (K,), residual (N, K, OH, OW); padding (y, x) on both
-// sides, or (top, left, bottom, right).
-Tensor conv2d_cpu(Tensor input, Tensor weight, std::optional<Tensor> scale, std::optional<Tensor> shift,
-                  std::optional<Tensor> residual, std::vector<int64_t> stride, std::vector<int64_t> padding,
-                  std::vector<int64_t> dilation, int64_t groups, int64_t activation, int64_t lanes) {
+using Ints = std::vector<int64_t>;
+using Optional = std::optional<Tensor>;
+
+// act((weight * input) scale + shift + residual). input (N, C, H, W), weight (K, C / groups, kh, kw), scale and shift K
+// floats or null, residual (N, K, OH, OW); padding (y, x) on both sides, or (top, left, bottom, right).
+Tensor convolve(const Tensor& input, const Tensor& weight, const float* scale, const float* shift,
+                const Optional& residual, const Ints& stride, Ints padding, const Ints& dilation, int64_t groups,
+                int64_t activation, int64_t lanes) {
   check_float(input, "input");
   check_float(weight, "weight");
   STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "input and weight must be 4-dimensional");
@@ -77,8 +83,6 @@ Tensor conv2d_cpu(Tensor input, Tensor weight, std::optional<Tensor> scale, std:
                     "the kernel must fit the padded input");
     space[i] = spare / stride[i] + 1;
   }
-  if (scale) check_float(*scale, "scale"), check_shape(*scale, {out_channels}, "scale");
-  if (shift) check_float(*shift, "shift"), check_shape(*shift, {out_channels}, "shift");
   if (residual) {
     check_float(*residual, "residual");
     check_shape(*residual, {batch, out_channels, space[0], space[1]}, "residual");
@@ -93,7 +97,7 @@ Tensor conv2d_cpu(Tensor input, Tensor weight, std::optional<Tensor> scale, std:
   const bool single = weight.size(2) == 1 && weight.size(3) == 1 && stride[0] == 1 && stride[1] == 1 &&
                       padding == std::vector<int64_t>(4, 0);
   if (groups == 1 && single) {
-    const Pointwise p{x, w, data(scale), data(shift), data(residual), y,
+    const Pointwise p{x, w, scale, shift, data(residual), y,
                       batch, channels, out_channels, space[0] * space[1], activation};
     const int64_t threads = torch::stable::get_num_threads();
     const PointwisePlan plan = plan_pointwise(p.columns(), channels, out_channels, chosen.lanes, threads);
@@ -104,7 +108,7 @@ Tensor conv2d_cpu(Tensor input, Tensor weight, std::optional<Tensor> scale, std:
     return output;
   }
   STD_TORCH_CHECK(weight.size(1) == 1 && groups == out_channels, "conv2d_cpu takes 1x1 or depthwise weights");
-  const Depthwise d{x, w, data(scale), data(shift), data(residual), y,
+  const Depthwise d{x, w, scale, shift, data(residual), y,
                     output.numel(), channels, input.size(2), input.size(3), space[0], space[1],
                     {weight.size(2), weight.size(3)}, {stride[0], stride[1]}, {padding[0], padding[1]},
                     {dilation[0], dilation[1]}, activation};
@@ -114,7 +118,50 @@ Tensor conv2d_cpu(Tensor input, Tensor weight, std::optional<Tensor> scale, std:
   return output;
 }
 
+// `tensor`'s numbers as float32, one for each channel; null if it is absent. It is replaced where they must be converted.
+const float* per_channel(Optional& tensor, int64_t channels, const char* name) {
+  if (!tensor) return nullptr;
+  check_shape(*tensor, {channels}, name);
+  if (tensor->scalar_type() != ScalarType::Float) tensor = torch::stable::to(*tensor, ScalarType::Float);
+  if (!tensor->is_contiguous()) tensor = torch::stable::contiguous(*tensor);
+  return data(tensor);
+}
+
+Tensor conv2d_cpu(Tensor input, Tensor weight, Optional scale, Optional shift, Optional residual, Ints stride,
+                  Ints padding, Ints dilation, int64_t groups, int64_t activation, int64_t lanes) {
+  const int64_t channels = weight.dim() > 0 ? weight.size(0) : 0;
+  if (scale) check_float(*scale, "scale");
+  if (shift) check_float(*shift, "shift");
+  return convolve(input, weight, per_channel(scale, channels, "scale"), per_channel(shift, channels, "shift"), residual,
+                  stride, std::move(padding), dilation, groups, activation, lanes);
+}
+
+// scale = bn_weight / sqrt(running_var + eps), shift = bn_bias + (bias - running_mean) scale, in float32 whatever they
+// come in; an absent weight is 1, an absent bias 0.
+Tensor conv_bn_act2d_cpu(Tensor input, Tensor weight, Optional bias, Tensor running_mean, Tensor running_var,
+                         Optional bn_weight, Optional bn_bias, double eps, Optional residual, Ints stride,
+                         Ints padding, Ints dilation, int64_t groups, int64_t activation, int64_t lanes) {
+  const int64_t channels = weight.dim() > 0 ? weight.size(0) : 0;
+  Optional centre = running_mean, spread = running_var;
+  const float* mean = per_channel(centre, channels, "running_mean");
+  const float* variance = per_channel(spread, channels, "running_var");
+  const float* factor = per_channel(bn_weight, channels, "bn_weight");
+  const float* offset = per_channel(bn_bias, channels, "bn_bias");
+  const float* before = per_channel(bias, channels, "bias");
+  const auto epsilon = static_cast<float>(eps);
+  std::vector<float> scale(channels), shift(channels);
+  for (int64_t k = 0; k < channels; ++k) scale[k] = (factor ? factor[k] : 1.0f) / std::sqrt(variance[k] + epsilon);
+  for (int64_t k = 0; k < channels; ++k) {
+    shift[k] = (offset ? offset[k] : 0.0f) + ((before ? before[k] : 0.0f) - mean[k]) * scale[k];
+  }
+  return convolve(input, weight, scale.data(), shift.data(), residual, stride, std::move(padding), dilation, groups,
+                  activation, lanes);
+}
+
 }  // namespace
 }  // namespace fused_ops::conv
 
-STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) { m.impl("conv2d_cpu", TORCH_BOX(&fused_ops::conv::conv2d_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
+  m.impl("conv2d_cpu", TORCH_BOX(&fused_ops::conv::conv2d_cpu));
+  m.impl("conv_bn_act2d_cpu", TORCH_BOX(&fused_ops::conv::conv_bn_act2d_cpu));
+}

@@ -27,20 +27,31 @@ constexpr int64_t kGroupFloats = 32 * 1024;  // gathered input a group may hold:
 // panels of a group are visited for 8 rows before the next 8, so that every output row is written in long runs.
 struct PointwisePlan {
   int64_t groups, group_panels, row_chunks, rows_per_chunk;
+  bool by_rows;  // tasks of a chunk are neighbours, not those of a group
   int64_t tasks() const { return groups * row_chunks; }
+  int64_t group(int64_t task) const { return by_rows ? task % groups : task / row_chunks; }
+  int64_t chunk(int64_t task) const { return by_rows ? task / groups : task % row_chunks; }
 };
 
+// Threads take equal runs of tasks. Where columns are few (49 are a panel and a bit) they share the rows instead, and each
+// gathers all columns for itself.
 inline PointwisePlan plan_pointwise(int64_t columns, int64_t channels, int64_t out_channels, int64_t lanes,
                                     int64_t threads) {
   const int64_t width = lanes * kPanelVectors, panels = (columns + width - 1) / width;
   const int64_t fitting = kGroupFloats / std::max<int64_t>(channels * width, 1);
   const int64_t group = std::max<int64_t>(1, std::min({fitting, int64_t{8}, panels / (4 * threads)}));
   const int64_t groups = (panels + group - 1) / group;
-  const int64_t wanted = threads > 1 ? (8 * threads + groups - 1) / std::max<int64_t>(groups, 1) : 1;
   const int64_t blocks = (out_channels + 7) / 8;
-  const int64_t chunks = std::max<int64_t>(1, std::min(wanted, blocks / 2));
+  const int64_t wanted = threads > 1 ? (8 * threads + groups - 1) / std::max<int64_t>(groups, 1) : 1;
+  int64_t chunks = std::max<int64_t>(1, std::min(wanted, blocks / 2));
+  // The first thread's columns and its rows, as multiples of its fair share.
+  const int64_t run = (groups * chunks + threads - 1) / threads;
+  const double by_columns = std::min<double>(columns, run * group * width / double(chunks)) * threads / columns;
+  const double by_rows = (blocks + threads - 1) / threads * threads / double(blocks);
+  const bool rows_first = blocks >= 2 * threads && by_columns > 1.1 * by_rows;
+  if (rows_first) chunks = threads;
   const int64_t rows = (blocks + chunks - 1) / chunks * 8;
-  return {groups, group, (out_channels + rows - 1) / rows, rows};
+  return {groups, group, (out_channels + rows - 1) / rows, rows, rows_first};
 }
 
 template <int N>
@@ -135,7 +146,7 @@ FUSED_OPS_INLINE void pointwise_tasks(const Pointwise& p, const PointwisePlan& p
   std::vector<float> buffer(plan.group_panels * panel_floats);
   int64_t gathered = -1;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t first = task / plan.row_chunks * plan.group_panels * width;
+    const int64_t first = plan.group(task) * plan.group_panels * width;
     const int64_t last = std::min(first + plan.group_panels * width, p.columns());
     if (gathered != first) {
       float* panel = buffer.data();
@@ -145,7 +156,7 @@ FUSED_OPS_INLINE void pointwise_tasks(const Pointwise& p, const PointwisePlan& p
       }
       gathered = first;
     }
-    int64_t row = task % plan.row_chunks * plan.rows_per_chunk;
+    int64_t row = plan.chunk(task) * plan.rows_per_chunk;
     const int64_t stop = std::min(row + plan.rows_per_chunk, p.out_channels);
     while (row < stop) {
       const bool block = row + ROWS <= stop;

@@ -112,6 +112,12 @@ define(
     _decode_fwd_fake,
 )
 
+define(
+    "decode_attention_cpu(Tensor query, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? sinks,"
+    " float scale, int left, int lanes=16) -> Tensor",
+    _decode_fwd_fake,
+)
+
 _decode_traced = with_reference_gradient(
     lambda *call: (torch.ops.fused_ops.decode_attention_fwd(*call),), decode_bwd, reference.decode
 )
@@ -124,6 +130,14 @@ _decode_cuda = with_reference_gradient(
 )
 
 
+def _decode_cpu_forward(query, k_cache, v_cache, cache_seqlens, sinks, scale, is_causal, bottom_right, left, *rest):
+    sinks = None if sinks is None else sinks.float().contiguous()
+    return (torch.ops.fused_ops.decode_attention_cpu(query, k_cache, v_cache, cache_seqlens, sinks, scale, left),)
+
+
+_decode_cpu = with_reference_gradient(_decode_cpu_forward, decode_bwd, reference.decode)
+
+
 def decode_reference(query, k_cache, v_cache, cache_seqlens, sinks, score):
     if torch.compiler.is_compiling():
         return _decode_traced((query, k_cache, v_cache, cache_seqlens, sinks), tuple(score))[0]
@@ -132,3 +146,9 @@ def decode_reference(query, k_cache, v_cache, cache_seqlens, sinks, score):
 
 def decode_cuda(query, k_cache, v_cache, cache_seqlens, sinks, score):
     return _decode_cuda((query, k_cache, v_cache, cache_seqlens, sinks), tuple(score))[0]
+
+
+def decode_cpu(query, k_cache, v_cache, cache_seqlens, sinks, score):
+    if reference.readable(cache_seqlens):
+        reference.sequence_ends(cache_seqlens, k_cache.size(2))
+    return _decode_cpu((query, k_cache, v_cache, cache_seqlens, sinks), tuple(score))[0]

@@ -228,9 +228,7 @@ def decode(query, k_cache, v_cache, cache_seqlens, sinks, *score) -> tuple[Tenso
     score, rows, capacity = Score(*score), query.size(2), k_cache.size(2)
     if not readable(cache_seqlens):
         return (_decode_masked(query, k_cache, v_cache, cache_seqlens, sinks, score),)
-    lengths = cache_seqlens.tolist()
-    if any(not 0 <= length <= capacity for length in lengths):
-        raise ArgumentError("cache_seqlens", f"between 0 and the capacity {capacity}", lengths)
+    lengths = sequence_ends(cache_seqlens, capacity)
     if len(set(lengths)) <= 1:
         batches = [(query, k_cache, v_cache)]
     else:
@@ -246,6 +244,14 @@ def decode(query, k_cache, v_cache, cache_seqlens, sinks, *score) -> tuple[Tenso
         else:
             outs.append(attention(q, k, v, None, None, sinks, own, 0.0, False))
     return (outs[0] if len(outs) == 1 else torch.cat(outs),)
+
+
+def sequence_ends(cache_seqlens: Tensor, capacity: int) -> list[int]:
+    """The values of `cache_seqlens`, checked."""
+    lengths = cache_seqlens.tolist()
+    if lengths and not 0 <= min(lengths) <= max(lengths) <= capacity:
+        raise ArgumentError("cache_seqlens", f"between 0 and the capacity {capacity}", lengths)
+    return lengths
 
 
 def _decode_masked(query, k_cache, v_cache, cache_seqlens, sinks, score) -> Tensor:

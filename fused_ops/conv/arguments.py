@@ -29,10 +29,11 @@ def convolution(
         tensor("input", input)
         tensor("weight", weight)
     shape, kernel = input.shape, weight.shape
-    if type(stride) is type(padding) is type(dilation) is int and _common(
-        dims, shape, kernel, input, weight, bias, stride, padding, dilation, groups
-    ):
-        return (stride,) * dims, (padding,) * dims, (dilation,) * dims
+    steps = stride if type(stride) is tuple else (stride,) * dims
+    pads = padding if type(padding) is tuple else (padding,) * dims
+    spread = dilation if type(dilation) is tuple else (dilation,) * dims
+    if _common(dims, shape, kernel, input, weight, bias, steps, pads, spread, groups):
+        return steps, pads, spread
     if len(kernel) != dims + 2 or (len(shape) != dims + 2 and len(shape) != dims + 1):
         _refuse_rank(dims, shape, kernel)
     stride = (stride,) * dims if type(stride) is int else each("stride", stride, dims)
@@ -53,21 +54,24 @@ def convolution(
 
 
 def _common(dims, shape, kernel, input, weight, bias, stride, padding, dilation, groups) -> bool:
-    """Whether a batched call with one int for every dimension is right: the checks below in one expression."""
-    spare = 2 * padding + dilation
+    """Whether a batched call with one int per dimension is right: the checks below in one expression."""
+    if not (len(shape) == len(kernel) == dims + 2 and len(stride) == len(padding) == len(dilation) == dims):
+        return False
+    down, across, top, left = stride[0], stride[-1], padding[0], padding[-1]
+    rows, columns, height, width = dilation[0], dilation[-1], kernel[2], kernel[-1]
     return (
-        len(shape) == len(kernel) == dims + 2
-        and stride > 0 <= padding
-        and dilation > 0
-        and type(groups) is int
+        type(down) is type(across) is type(top) is type(left) is type(rows) is type(columns) is type(groups) is int
+        and down > 0 < across
+        and top >= 0 <= left
+        and rows > 0 < columns
         and groups > 0
         and shape[1] == kernel[1] * groups
         and kernel[0] >= groups
         and kernel[0] % groups == 0
-        and shape[-1] > 0 < kernel[-1]
-        and shape[-1] + spare > dilation * kernel[-1]
-        and shape[2] > 0 < kernel[2]
-        and shape[2] + spare > dilation * kernel[2]
+        and shape[2] > 0 < height
+        and shape[2] + 2 * top > rows * (height - 1)
+        and shape[-1] > 0 < width
+        and shape[-1] + 2 * left > columns * (width - 1)
         and input.dtype is weight.dtype
         and (bias is None or (isinstance(bias, Tensor) and bias.shape == kernel[:1] and bias.dtype is input.dtype))
     )

@@ -10,7 +10,7 @@ from fused_ops.core.errors import EXPLAINED
 
 _POINTWISE = verified.kernel("conv.pointwise.fwd.triton", "conv/triton_kernels.py")
 _DEPTHWISE = verified.kernel(
-    "conv.depthwise.fwd.cuda", "conv/depthwise.cu", "conv/depthwise.cuh", "conv/epilogue.h", "common/convert.cuh"
+    "conv.depthwise.fwd.cuda", "conv/depthwise.cu", "conv/depthwise.cuh", "conv/epilogue.h", *verified.CUDA_COMMON
 )
 
 _CONV1D = Op(
@@ -35,12 +35,7 @@ _CONV_BN_ACT2D = Op(
         kernel=_DEPTHWISE,
     ),
     Backend("triton", op.with_batch_norm(op.conv2d_triton), rules.with_batch_norm(rules.triton), kernel=_POINTWISE),
-    Backend(
-        "cpu",
-        op.with_batch_norm(op.conv2d_cpu),
-        rules.with_batch_norm(rules.cpu),
-        rules.with_batch_norm(rules.cpu_worthwhile),
-    ),
+    Backend("cpu", op.conv_bn_act2d_cpu, rules.with_batch_norm(rules.cpu), rules.cpu_batch_norm_worthwhile),
     Backend("reference", reference.conv_bn_act2d),
 )
 _CAUSAL_CONV1D = Op("causal_conv1d", Backend("reference", reference.causal_conv1d))

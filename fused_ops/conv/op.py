@@ -85,6 +85,18 @@ define("conv2d_cuda" + KERNEL.format(""), _fake)
 define("conv2d_cpu" + KERNEL.format(", int lanes=16"), _fake)
 
 
+def _batch_norm_fake(input, weight, bias, mean, var, bn_weight, bn_bias, eps, residual, *static):
+    return _fake(input, weight, None, None, residual, *static)
+
+
+define(
+    "conv_bn_act2d_cpu(Tensor input, Tensor weight, Tensor? bias, Tensor running_mean, Tensor running_var,"
+    " Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor? residual,"
+    " int[] stride, int[] padding, int[] dilation, int groups, int activation, int lanes=16) -> Tensor",
+    _batch_norm_fake,
+)
+
+
 def affine(bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """(y + bias) · scale + shift as y · scale' + shift', float32."""
     scale = None if scale is None else scale.float()
@@ -97,11 +109,17 @@ def affine(bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> t
 def _arguments(input, weight, bias, scale, shift, residual, stride, padding, dilation, groups, activation) -> tuple:
     """A kernel's arguments, laid out as it wants them."""
     scale, shift = affine(bias, scale, shift)
-    if residual is not None:
-        size = output_shape(input, weight, stride, padding, dilation)
-        residual = residual.to(input.dtype).expand(size).contiguous(memory_format=output_format(input, weight))
+    residual = _full(residual, input, weight, stride, padding, dilation)
     code = reference.CODES[activation]
     return input, weight, scale, shift, residual, stride, padding, dilation, groups, code
+
+
+def _full(residual, input, weight, stride, padding, dilation) -> Tensor | None:
+    """`residual` as a tensor like the output."""
+    if residual is None:
+        return None
+    size = output_shape(input, weight, stride, padding, dilation)
+    return residual.to(input.dtype).expand(size).contiguous(memory_format=output_format(input, weight))
 
 
 def _maths(input, weight, bias, scale, shift, residual, *static) -> tuple[Tensor]:
@@ -149,6 +167,23 @@ def conv2d_cpu(input, weight, bias, stride, padding, dilation, groups, scale, sh
     return y if activation == inside else reference.overwritten(y, activation)
 
 
+def conv_bn_act2d_cpu(
+    input, weight, bias, stride, padding, dilation, groups,
+    running_mean, running_var, bn_weight, bn_bias, eps, residual, activation,
+):  # fmt: skip
+    """`conv2d_cpu` with a batch norm, which the C++ kernels fold themselves."""
+    if not vectorised(input, weight, stride, padding, groups):
+        scale, shift = folded(running_mean, running_var, bn_weight, bn_bias, eps)
+        return conv2d_cpu(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation)
+    inside = activation if activation in VECTOR_ACTIVATIONS else None
+    residual = _full(residual, input, weight, stride, padding, dilation)
+    y = torch.ops.fused_ops.conv_bn_act2d_cpu(
+        input, weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, residual,
+        stride, padding, dilation, groups, reference.CODES[inside],
+    )  # fmt: skip
+    return y if activation == inside else reference.overwritten(y, activation)
+
+
 def conv1d_cpu(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation):
     """`conv2d_cpu` over an image one row high."""
     residual = None if residual is None else residual.unsqueeze(-2)
@@ -161,17 +196,18 @@ def conv1d_cpu(input, weight, bias, stride, padding, dilation, groups, scale, sh
 
 def vectorised(input, weight, stride, padding, groups) -> bool:
     """Whether the C++ CPU kernels have this shape: both contiguous, 1x1 without stride, or depthwise."""
-    if not (_canonical(input) and _canonical(weight)):
-        return False
+    _, channels, height, width = input.shape
+    filters, depth, rows, columns = weight.shape
     if groups == 1:
-        return weight.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0)
-    return groups == input.size(1) == weight.size(0)
-
-
-def _canonical(tensor: Tensor) -> bool:
-    """Contiguous, and not by chance channels_last too."""
-    _, c, h, w = tensor.shape
-    return tensor.stride() == (c * h * w, h * w, w, 1)
+        if rows != 1 or columns != 1 or stride != (1, 1) or padding != (0, 0):
+            return False
+    elif groups != channels or groups != filters:
+        return False
+    # Contiguous, and not by chance channels_last too.
+    plane, filter = height * width, rows * columns
+    return input.stride() == (channels * plane, plane, width, 1) and weight.stride() == (
+        depth * filter, filter, columns, 1
+    )  # fmt: skip
 
 
 def folded(running_mean, running_var, weight, bias, eps) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,9 @@ from fused_ops.core import extension
 
 ONEDNN = torch.backends.mkldnn.is_available()
 SMALL = 20_000  # elements of a 1x1 convolution's output
+FEW = 8  # pixels of a 1x1 convolution's output
 MEASURED = "bench/results/cpu/conv_pointwise.json"
+ONLY_ONEDNN = f"has only oneDNN here, which is no faster than F.conv2d ({MEASURED})"
 
 
 def triton(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation) -> str | None:
@@ -55,9 +57,18 @@ def cpu_worthwhile(
     if scale is None and shift is None:
         return "has no scale or shift to fuse"
     if input.dim() != 4 or padding == "same" or not op.vectorised(input, weight, stride, padding, groups):
-        return f"has only oneDNN here, which is no faster than F.conv2d ({MEASURED})"
+        return ONLY_ONEDNN
     if groups == 1 and input.size(0) * input.size(2) * input.size(3) * weight.size(0) < SMALL:
         return f"costs more to call than it saves on a small output ({MEASURED})"
+    return None
+
+
+def cpu_batch_norm_worthwhile(input, weight, bias, stride, padding, dilation, groups, *rest) -> str | None:
+    """By `MEASURED`, its chains: batch norm costs the C++ kernels nothing, and PyTorch a pass or more."""
+    if input.dim() != 4 or padding == "same" or not op.vectorised(input, weight, stride, padding, groups):
+        return ONLY_ONEDNN
+    if groups == 1 and input.size(0) * input.size(2) * input.size(3) < FEW:
+        return f"computes whole vectors of pixels, of which there are few ({MEASURED})"
     return None
 
 

@@ -32,6 +32,15 @@ def test_opcheck_depthwise():
     torch.library.opcheck(torch.ops.fused_ops.conv2d_cpu.default, call)
 
 
+@NEEDS_KERNELS
+def test_opcheck_with_batch_norm():
+    a = inputs(out_channels=6, groups=6)
+    mean, var = randn(6, seed=8), randn(6, seed=9).abs()
+    for extra in ((a["bias"], mean, var, a["scale"], a["shift"]), (None, mean.double(), var, None, None)):
+        call = (a["input"], a["weight"], *extra, 1e-3, None, (2, 2), (0, 1, 1, 0), (1, 1), 6, 2)
+        torch.library.opcheck(torch.ops.fused_ops.conv_bn_act2d_cpu.default, call)
+
+
 def test_opcheck_backward():
     a = inputs(residual=(2, 8, 7, 5))
     grads = [randn(2, 8, 7, 5)]

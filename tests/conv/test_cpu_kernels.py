@@ -113,6 +113,96 @@ def test_conv1d_on_the_cpu_backend():
         assert got.stride() == F.conv1d(x, w, b, 1, padding, 1, groups).stride()
 
 
+def chain(seed=0, channels=6, out_channels=9, kernel_size=1, groups=1, dtype=torch.float32):
+    """input, weight, bias, running_mean, running_var, bn_weight, bn_bias; the last five in `dtype`."""
+    x, w = randn(2, channels, 11, 13, seed=seed), randn(out_channels, channels // groups, kernel_size, kernel_size)
+    bias, mean, weight, shift = (randn(out_channels, seed=seed + i, dtype=dtype) for i in range(4))
+    return x, w, bias, mean, randn(out_channels, seed=9, dtype=dtype).abs(), weight, shift
+
+
+def normalised(x, w, bias, mean, var, weight, shift, eps, residual, place, act):
+    """The definition, in float64."""
+    wide = [None if t is None else t.double() for t in (x, w, bias, mean, var, weight, shift, residual)]
+    y = F.batch_norm(F.conv2d(*wide[:3], *place), *wide[3:7], False, 0.0, eps)
+    y = y if residual is None else y + wide[7]
+    return reference.ACTIVATIONS[act](y)
+
+
+def fold_in_kernel(x, w, bias, mean, var, weight, shift, eps, residual, place, act, lanes=16):
+    code = reference.CODES[act]
+    return torch.ops.fused_ops.conv_bn_act2d_cpu(
+        x, w, bias, mean, var, weight, shift, eps, residual, *place, code, lanes
+    )
+
+
+POINTWISE, DEPTHWISE = ((1, 1), (0, 0), (1, 1), 1), ((2, 1), (1, 2), (1, 1), 6)
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("absent", ([], [2], [5], [6], [2, 5, 6]), ids=str)
+def test_the_kernels_fold_batch_norm_as_its_definition(absent, lanes):
+    for place, shape in ((POINTWISE, {}), (DEPTHWISE, dict(out_channels=6, kernel_size=3, groups=6))):
+        tensors = [None if i in absent else t for i, t in enumerate(chain(**shape))]
+        clean = F.conv2d(*tensors[:3], *place)
+        for eps in (1e-5, 0.3):
+            for residual in (None, randn(*clean.shape, seed=5)):
+                call = (*tensors, eps, residual, place, "relu6")
+                assert_accurate(fold_in_kernel(*call, lanes=lanes), normalised(*call), terms=24)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)
+def test_statistics_of_other_types_and_strides_are_folded_in_float32(dtype):
+    tensors = chain(dtype=dtype)
+    call = (*tensors, 1e-3, None, POINTWISE, "relu")
+    assert_accurate(fold_in_kernel(*call), normalised(*call), terms=24)
+    x, w, *rest = chain()
+    spaced = [torch.stack([t, torch.full_like(t, float("nan"))], 1)[:, 0] for t in rest]
+    same = [t[:1].expand(9) for t in rest]
+    for parts in (spaced, same):
+        call = (x, w, *parts, 1e-3, None, POINTWISE, "relu")
+        assert_accurate(fold_in_kernel(*call), normalised(*call), terms=24)
+
+
+@pytest.mark.parametrize("broken", range(1, 7))
+def test_nan_and_infinity_in_one_channel_stay_in_it_as_in_torch(broken):
+    for value in (float("nan"), float("inf")):
+        tensors = [t.clone() for t in chain()]
+        tensors[broken][4] = value
+        call = (*tensors, 1e-5, None, POINTWISE, "relu")
+        got, want = fold_in_kernel(*call), normalised(*call)
+        if broken == 4 and value == float("inf"):  # 1 / sqrt(inf) is 0: what is left is the shift
+            assert_accurate(got, want, terms=24)
+        assert torch.equal(got.isfinite().all((0, 2, 3)), want.isfinite().all((0, 2, 3)))
+        others = [c for c in range(9) if c != 4]
+        assert_accurate(got[:, others], want[:, others], terms=24)
+
+
+def test_every_path_of_a_chain_agrees_with_the_reference():
+    """What the C++ kernels take, what oneDNN takes, every activation, residuals that broadcast."""
+    shapes = (
+        (POINTWISE, {}),
+        (DEPTHWISE, dict(out_channels=6, kernel_size=3, groups=6)),
+        (((1, 1), (1, 1), (1, 1), 1), dict(kernel_size=3)),
+    )
+    for place, shape in shapes:
+        x, w, bias, mean, var, weight, shift = chain(**shape)
+        for residual in (None, randn(w.size(0), 1, 1), randn(1, dtype=torch.float64)):
+            for activation in (None, *ACTIVATIONS):
+                call = (mean, var, weight, shift, 1e-3, residual, activation)
+                with torch.no_grad():
+                    got = op.conv_bn_act2d_cpu(x, w, bias, *place, *call)
+                want = normalised(x, w, bias, mean, var, weight, shift, 1e-3, residual, place, activation)
+                assert_accurate(got, want, terms=64)
+
+
+def test_bad_statistics_to_the_raw_op_raise():
+    tensors = chain()
+    for broken in range(2, 7):
+        wrong = [t[:8] if i == broken else t for i, t in enumerate(tensors)]
+        with pytest.raises(RuntimeError, match="has the wrong shape"):
+            fold_in_kernel(*wrong, 1e-5, None, POINTWISE, None)
+
+
 def test_auto_takes_the_cpu_kernels_without_gradients_only():
     a = inputs(space=(64, 48), kernel=(1, 1))
     explained = fused_ops.explain(fused_ops.conv2d, a["input"], a["weight"], scale=a["scale"], activation="relu6")
