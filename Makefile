@@ -1,4 +1,5 @@
 # make bench: install, build, run the main job.   make test: install, build, run the tests.
+# make emulate: build the CUDA kernels for the CPU (FUSED_OPS_EMULATE=1 uses them).
 # VENV=none PYTHON=python3 uses the interpreter at hand (it must have torch) and installs nothing.
 VENV ?= .venv
 PYTHON ?= python3
@@ -7,8 +8,9 @@ SHELL := /bin/bash
 # The GPUs at hand; without one, Hopper.
 export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed 's/^9\.0$$/9.0a/' | sort -u | paste -sd';'),9.0a)
 
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
+SOURCES := setup.py pyproject.toml $(filter-out csrc/emulation/%,$(wildcard csrc/*/*))
 INTERPRETER_TESTS = $(wildcard tests/*/test_*interpreter*.py)
+EMULATED_TESTS = $(wildcard tests/*/test_*emulated*.py)
 
 ifeq ($(VENV),none)
   PY := $(PYTHON)
@@ -21,14 +23,18 @@ endif
 # On a GPU machine: where its results go.
 OUT ?= build/gpu
 
-.PHONY: bench test setup lint gate gpu clean
+.PHONY: bench test emulate setup lint gate gpu clean
 
 bench: setup
 	$(PY) -m bench
 
-test: setup
+test: setup emulate
 	$(PY) -m pytest -q -n 2
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -n 2 $(INTERPRETER_TESTS)
+	FUSED_OPS_EMULATE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(EMULATED_TESTS)
+
+emulate: setup
+	$(PY) -m tests.emulation.build
 
 gate: setup
 	$(PY) -m tests.gate $(GATE_FLAGS)
@@ -37,6 +43,7 @@ gate: setup
 gpu: setup
 	mkdir -p $(OUT)
 	-$(PY) -m tests.verify --out $(OUT)/verified.json
+	-$(PY) -m tests.emulation.calibrate
 	-$(PY) -m bench --out $(OUT)
 	$(PY) -m bench baselines --out $(OUT)
 

@@ -1,8 +1,7 @@
 """Builds fused_ops/_C.so (kernels: C++ always, CUDA where nvcc is found; LibTorch stable ABI, any torch >= 2.10) and
 fused_ops._host (planners and build facts, pybind11).
 
-Environment: FUSED_OPS_CUDA=auto|0|1 (FORCE_CUDA=1 is the same as 1), CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS,
-NVCC_THREADS, DEBUG=1, CXX.
+Settings: FUSED_OPS_CUDA=auto|0|1 (FORCE_CUDA=1: 1), CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, NVCC_THREADS, DEBUG, CXX
 """
 
 import json
@@ -74,7 +73,8 @@ class Build(cpp_extension.BuildExtension):
         super().build_extension(extension)
         if extension.name == "fused_ops._C":  # a checksum, and the hash of every source: see core/extension.py
             path = Path(self.get_ext_fullpath(extension.name))
-            sources = {str(p.relative_to(CSRC)): sha256(p.read_bytes()).hexdigest() for p in CSRC.glob("*/*.*")}
+            files = (p for p in CSRC.glob("*/*.*") if p.parent.name != "emulation")
+            sources = {str(p.relative_to(CSRC)): sha256(p.read_bytes()).hexdigest() for p in files}
             facts = {"crc32": zlib.crc32(path.read_bytes()), "sources": sources}
             path.write_bytes(path.read_bytes() + b"\nfused_ops:" + json.dumps(facts).encode())
 

@@ -18,7 +18,7 @@ import fused_ops
 from fused_ops.core import device, extension, verified
 from fused_ops.core.dispatch import NAMES, OPS, Backend
 
-SETTINGS = ("FUSED_OPS_BACKEND", "TRITON_INTERPRET")
+SETTINGS = ("FUSED_OPS_BACKEND", "FUSED_OPS_EMULATE", "TRITON_INTERPRET")
 
 
 class Cell(NamedTuple):
@@ -122,6 +122,7 @@ def _loaded() -> list[tuple[str, str]]:
     return [
         ("_C.so", extension.kernels_missing or f"loaded, built from {len(extension.sources)} files of csrc/"),
         ("_host", extension.host_missing or "loaded"),
+        ("_emu.so", extension.emulator_missing or 'loaded: backend="cuda" takes CPU tensors, emulated'),
     ]
 
 

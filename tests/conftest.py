@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests import emulation
 from tests.support import poisoned_memory
 
 
@@ -11,6 +12,14 @@ def _surroundings():
     torch.manual_seed(0)
     with poisoned_memory():
         yield
+
+
+@pytest.fixture(params=(0, 1, 2), ids="seed {}".format)
+def schedule(request):
+    """Each of three orders in which emulated CUDA threads run."""
+    emulation.set_seed(request.param)
+    yield
+    emulation.set_seed(0)
 
 
 def pytest_collection_modifyitems(items):

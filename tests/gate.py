@@ -5,7 +5,8 @@ csrc/*/*.cu, prints registers, spills and shared memory, and fails on
 
 - a kernel that spills, does not compile, or needs more shared memory than the chip gives a block;
 - a Triton kernel that no room's `gate_cases` names;
-- in Triton code, a `tl.dot` that does not say its `input_precision`, a lambda, or autotuning.
+- in Triton code, a `tl.dot` that does not say its `input_precision`, a lambda, or autotuning;
+- in CUDA code, what the emulator cannot follow (`CUDA_RULES`).
 
 A Triton kernel is compiled twice: for pointers and integers that are multiples of 16 (such loads are pipelined, and
 need the most shared memory), and for any others (these need the most registers).
@@ -73,6 +74,42 @@ def lint(source: str, name: str) -> list[str]:
         if isinstance(node, (ast.Name, ast.Attribute)) and ast.unparse(node).split(".")[-1] == "autotune":
             found.append((node.lineno, "autotuning"))
     return [f"{name}:{line}: {what}" for line, what in sorted(set(found))]
+
+
+# Pattern, the files of csrc/common that alone may have it (or all of them), what is wrong with it.
+CUDA_RULES = (
+    (r"\b__shared__\b", ("shared.cuh",), "a bare __shared__ instead of SHARED or dynamic_shared"),
+    (r"\b(?:asm|__asm|__asm__)\b", None, "inline PTX outside csrc/common"),
+    (r"^[ \t]*#[ \t]*(?:el)?if", None, "conditional compilation"),
+    (r"\bvolatile\b", None, "a volatile access: threads wait for each other by wait_until and load_acquire"),
+    (r"\bmemcpy\b", (), "memcpy"),
+    (r"<<<", ("launch.h",), "a launch without launch()"),
+    (r"\b(?:const_|mutable_)?data_ptr\b", ("tensor.h", "check.h"), "a pointer without data<T>()"),
+    (r"\bSTABLE_TORCH_LIBRARY_IMPL\b", ("tensor.h",), "a registration without FUSED_OPS_CUDA_LIBRARY"),
+)
+
+
+def cuda_sources() -> list[Path]:
+    """The CUDA kernels, and all that they share."""
+    csrc = ROOT / "csrc"
+    kernels = {*csrc.glob("*/*.cu"), *csrc.glob("*/*.cuh"), *csrc.glob("common/*")}
+    return sorted(path for path in kernels if path.is_file())
+
+
+def lint_cuda(source: str, name: str) -> list[str]:
+    """What CUDA code must not do, as "file:line: what"; `name` is relative to csrc/."""
+
+    def blank(comment: re.Match) -> str:
+        return re.sub(r"[^\n]", " ", comment[0])
+
+    code = re.sub(r"//[^\n]*|/\*.*?\*/", blank, source, flags=re.S)
+    folder, _, file = name.rpartition("/")
+    found = []
+    for pattern, homes, what in CUDA_RULES:
+        if folder == "common" and (homes is None or file in homes):
+            continue
+        found += [(code.count("\n", 0, hit.start()) + 1, what) for hit in re.finditer(pattern, code, re.M)]
+    return [f"{name}:{line}: {what}" for line, what in sorted(found)]
 
 
 def defined_kernels(source: str) -> set[str]:
@@ -148,7 +185,9 @@ def compile_cuda(path: Path, chip: tuple[int, int]) -> list[Row]:
     arch = f"sm_{chip[0]}{chip[1]}{'a' if chip == (9, 0) else ''}"
     name = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
     flags = [*COMMON_NVCC_FLAGS, "-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
-    includes = [f"-I{folder}" for folder in (ROOT / "csrc", ROOT / "build", *include_paths())]
+    tests = ROOT / "tests/emulation"
+    folders = (ROOT / "csrc", ROOT / "build", tests, tests / "kernels/device", *include_paths())
+    includes = [f"-I{folder}" for folder in folders]
     with tempfile.TemporaryDirectory() as folder:
         output = ["-cubin", f"-arch={arch}", "-Xptxas", "-v", "-o", f"{folder}/out.cubin", str(path)]
         done = subprocess.run([find_nvcc(), *flags, *includes, *output], capture_output=True, text=True)
@@ -156,6 +195,14 @@ def compile_cuda(path: Path, chip: tuple[int, int]) -> list[Row]:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or ["nvcc failed"]
         return [Row(name, "", chip, error=lines[0])]
     return [Row(name, *entry[:1], chip, *entry[1:]) for entry in ptxas_entries(done.stderr)]
+
+
+def wrapper_kernels(chip: tuple[int, int]) -> list[Path]:
+    """Tests' kernels, which use every PTX wrapper of csrc/common, so that ptxas has assembled each of them."""
+    found = sorted((ROOT / "tests/emulation/kernels").glob("*.cu")) if chip in ((8, 0), (9, 0)) else []
+    hopper = ("hopper", "cluster", "mbarrier", "bulk_copy", "wgmma")
+    wanted = (path for path in found if not path.stem.startswith("mutants"))
+    return [path for path in wanted if chip == (9, 0) or not path.stem.startswith(hopper)]
 
 
 def ptxas_entries(log: str) -> Iterator[tuple[str, int, int, int]]:
@@ -189,6 +236,7 @@ def module_name(path: Path) -> str:
 def run(chips: list[tuple[int, int]], progress=lambda rows: rows) -> tuple[list, list]:
     """(rows, complaints) of the whole package."""
     complaints = [line for path in triton_sources() for line in lint(path.read_text(), str(path.relative_to(ROOT)))]
+    complaints += [line for p in cuda_sources() for line in lint_cuda(p.read_text(), str(p.relative_to(ROOT / "csrc")))]
     jobs = []
     if find_spec("triton") is not None:
         complaints += uncovered(chips[0])
@@ -198,7 +246,8 @@ def run(chips: list[tuple[int, int]], progress=lambda rows: rows) -> tuple[list,
                     for number in range(len(cases(module_name(path), chip, aligned))):
                         jobs.append((_compile_numbered, module_name(path), number, chip, aligned))
     if find_nvcc():
-        jobs += [(compile_cuda, path, chip) for chip in chips for path in sorted((ROOT / "csrc").glob("*/*.cu"))]
+        csrc = sorted((ROOT / "csrc").glob("*/*.cu"))
+        jobs += [(compile_cuda, path, chip) for chip in chips for path in (*csrc, *wrapper_kernels(chip))]
     rows: list[Row] = []
     with ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), 8), get_context("spawn")) as pool:
         for result in progress([pool.submit(*job) for job in jobs]):

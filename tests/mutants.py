@@ -22,6 +22,25 @@ def tuned_kernel(p_x, n): pass
 tuned_kernel[lambda meta: (1,)](x, 3)
 """
 
+# What the emulator of CUDA kernels cannot follow, one a line, and what it can.
+UNFOLLOWED_CUDA = """
+#include "common/launch.h"
+__global__ void wrong(const float* in, float* out) {
+  __shared__ float tile[32];  // a comment may say __shared__, asm and memcpy
+  asm volatile("bar.sync 0;");
+#ifdef __CUDACC__
+  memcpy(tile, in, sizeof tile);
+  #if 1
+  while (*static_cast<volatile const float*>(in) == 0.0f) {}
+}
+void launch_wrong(const Tensor& in, const Tensor& out) {
+  wrong<<<1, 32>>>(in.const_data_ptr<float>(), static_cast<float*>(out.data_ptr()));
+  cudaMemcpyAsync(nullptr, nullptr, 0, cudaMemcpyDefault, nullptr); /* <<<
+  asm */
+}
+STABLE_TORCH_LIBRARY_IMPL(fused_ops, CUDA, m) {}
+"""
+
 # 160 live values per thread where two blocks of 1024 leave 32 registers.
 SPILLING_CUDA = """
 __global__ void __launch_bounds__(1024, 2) spilling(float* x) {

@@ -4,8 +4,8 @@
 #include <algorithm>
 
 #include "attention/decode_plan.h"
-#include "common/dtype.h"
 #include "common/launch.h"
+#include "common/tensor.h"
 
 namespace fused_ops {
 namespace {
@@ -18,9 +18,9 @@ void launch_decode(DecodeParams p, int64_t units, cudaStream_t stream) {
   p.row_tiles = (p.rows + ROWS - 1) / ROWS;
   const int slices = std::max(1, 4 / p.row_tiles);  // at least four warps, and whole ones for every row tile
   const size_t shared = decode_shared_floats(slices, p.row_tiles * ROWS, D) * sizeof(float);
-  launch(decode_split_kernel<T, D, ROWS>, dim3(static_cast<unsigned>(units * p.splits)),
-         dim3(32 * p.row_tiles * slices), shared, stream, p);
-  if (p.splits > 1) launch(decode_combine_kernel<T, D>, dim3(static_cast<unsigned>(units * p.rows)), dim3(D), 0, stream, p);
+  const dim3 blocks(static_cast<unsigned>(units * p.splits)), rows(static_cast<unsigned>(units * p.rows)), alone(1);
+  launch(decode_split_kernel<T, D, ROWS>, blocks, dim3(32 * p.row_tiles * slices), alone, shared, stream, p);
+  if (p.splits > 1) launch(decode_combine_kernel<T, D>, rows, dim3(D), alone, 0, stream, p);
 }
 
 template <typename T, int D>
@@ -34,12 +34,11 @@ void launch_rows(const DecodeParams& p, int64_t units, cudaStream_t stream) {
 // Rows of whole, aligned 16-byte pieces: the cache itself wherever it can be read so, else a copy.
 Tensor aligned_rows(const Tensor& cache) {
   const int64_t size = static_cast<int64_t>(cache.element_size());
-  const auto misaligned = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 != 0; };
-  bool regular = cache.stride(3) == 1 && !misaligned(cache);
+  bool regular = cache.stride(3) == 1 && aligned({cache});
   for (int i = 0; i < 3; ++i) regular = regular && cache.stride(i) * size % 16 == 0;
   if (regular) return cache;
   Tensor copy = torch::stable::contiguous(cache);
-  return misaligned(copy) ? torch::stable::clone(copy) : copy;
+  return aligned({copy}) ? copy : torch::stable::clone(copy);
 }
 
 void check_arguments(const Tensor& query, const Tensor& k_cache, const Tensor& v_cache, const Tensor& lengths) {
@@ -53,7 +52,7 @@ void check_arguments(const Tensor& query, const Tensor& k_cache, const Tensor& v
   STD_TORCH_CHECK(lengths.scalar_type() == ScalarType::Int || lengths.scalar_type() == ScalarType::Long,
                   "cache_seqlens must be int32 or int64");
   for (const Tensor* t : {&k_cache, &v_cache, &lengths}) {
-    STD_TORCH_CHECK(t->is_cuda() && t->get_device_index() == query.get_device_index(), "all on query's device");
+    STD_TORCH_CHECK(on_device_of(*t, query), "all on query's device");
   }
   STD_TORCH_CHECK(dim == 64 || dim == 128 || dim == 256, "head dim must be 64, 128 or 256, got ", dim);
   STD_TORCH_CHECK(k_cache.size(2) <= INT32_MAX - 4096, "capacity must fit 32 bits, one step past the end included");
@@ -79,20 +78,20 @@ Tensor decode_attention_cuda(Tensor query, Tensor k_cache, Tensor v_cache, Tenso
   Tensor statistics = torch::stable::new_empty(query, {scratch * 2}, ScalarType::Float);
 
   DecodeParams p{};
-  p.query = query.const_data_ptr(), p.key = key.const_data_ptr(), p.value = value.const_data_ptr();
-  p.lengths = cache_seqlens.const_data_ptr(), p.out = out.mutable_data_ptr();
-  p.partial = static_cast<float*>(partial.mutable_data_ptr());
-  p.statistics = static_cast<float2*>(statistics.mutable_data_ptr());
+  p.partial = data<float>(partial), p.statistics = reinterpret_cast<float2*>(data<float>(statistics));
   for (int i = 0; i < 4; ++i) p.query_strides[i] = query.stride(i);
   for (int i = 0; i < 3; ++i) p.key_strides[i] = key.stride(i), p.value_strides[i] = value.stride(i);
   p.lengths_stride = cache_seqlens.stride(0);
   p.wide_lengths = cache_seqlens.scalar_type() == ScalarType::Long;
+  if (p.wide_lengths) p.lengths = data<const int64_t>(cache_seqlens);
+  else p.lengths = data<const int32_t>(cache_seqlens);
   p.kv_heads = static_cast<int>(kv_heads), p.group = static_cast<int>(heads / kv_heads);
   p.queries = static_cast<int>(queries), p.capacity = static_cast<int>(capacity);
   p.splits = static_cast<int>(splits), p.rows = static_cast<int>(rows);
   p.scale_log2 = static_cast<float>(scale * 1.4426950408889634);
   dispatch_float(query.scalar_type(), "decode_attention", [&](auto zero) {
     using T = decltype(zero);
+    p.query = data<const T>(query), p.key = data<const T>(key), p.value = data<const T>(value), p.out = data<T>(out);
     if (dim == 64) return launch_rows<T, 64>(p, units, scope.stream());
     if (dim == 128) return launch_rows<T, 128>(p, units, scope.stream());
     return launch_rows<T, 256>(p, units, scope.stream());
@@ -103,6 +102,6 @@ Tensor decode_attention_cuda(Tensor query, Tensor k_cache, Tensor v_cache, Tenso
 }  // namespace
 }  // namespace fused_ops
 
-STABLE_TORCH_LIBRARY_IMPL(fused_ops, CUDA, m) {
+FUSED_OPS_CUDA_LIBRARY(m) {
   m.impl("decode_attention_cuda", TORCH_BOX(&fused_ops::decode_attention_cuda));
 }

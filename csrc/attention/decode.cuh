@@ -19,6 +19,7 @@
 
 #include "attention/decode_plan.h"
 #include "common/convert.cuh"
+#include "common/shared.cuh"
 
 namespace fused_ops {
 
@@ -213,8 +214,7 @@ template <typename T, int D, int ROWS>
 __global__ void __launch_bounds__(kDecodeThreads, ROWS <= 2 ? 2 : 1) decode_split_kernel(const DecodeParams p) {
   using Layout = DecodeLayout<T, D>;
   constexpr int kUnroll = kDecodeUnroll<T>;
-  extern __shared__ float4 decode_shared[];
-  float* shared = reinterpret_cast<float*>(decode_shared);
+  float* shared = dynamic_shared<float>();
   const int split = static_cast<int>(blockIdx.x % p.splits);
   const int64_t unit = blockIdx.x / p.splits, batch = unit / p.kv_heads, kv_head = unit % p.kv_heads;
   const int length = decode_length(p, batch);

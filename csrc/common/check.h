@@ -28,4 +28,12 @@ inline void check_shape(const Tensor& tensor, std::initializer_list<int64_t> sha
   STD_TORCH_CHECK(same, name, " has the wrong shape");
 }
 
+// Whether every tensor that is there can be read in pieces of 16 bytes from its first element on.
+inline bool aligned(std::initializer_list<std::optional<Tensor>> tensors) {
+  for (const auto& tensor : tensors) {
+    if (tensor && reinterpret_cast<uintptr_t>(tensor->const_data_ptr()) % 16 != 0) return false;
+  }
+  return true;
+}
+
 }  // namespace fused_ops

@@ -1,50 +1,68 @@
-// What every CUDA launcher needs: the device guard, the stream, checked launches, device properties.
+// Checked kernel launches and what they ask of the device. No torch header.
 #pragma once
 
 #include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
 
-#include "common/check.h"
+#include <stdexcept>
+#include <string>
 
-// Lives in libtorch_cuda, which libtorch.so brings in; absent on a CPU-only torch, where nothing is launched.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                    void** ret_stream);
-
-#define FUSED_OPS_CUDA_CHECK(call)                                                                        \
-  do {                                                                                                    \
-    const cudaError_t fused_ops_status = (call);                                                          \
-    STD_TORCH_CHECK(fused_ops_status == cudaSuccess, #call, ": ", cudaGetErrorString(fused_ops_status));  \
+#define FUSED_OPS_CUDA_CHECK(call)                                                                     \
+  do {                                                                                                 \
+    const cudaError_t fused_ops_status = (call);                                                       \
+    if (fused_ops_status != cudaSuccess) {                                                             \
+      throw std::runtime_error(std::string(#call ": ") + cudaGetErrorString(fused_ops_status));        \
+    }                                                                                                  \
   } while (0)
 
 namespace fused_ops {
 
-// Makes a tensor's device current for the launcher's scope and names its stream.
-class DeviceScope {
- public:
-  explicit DeviceScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
-  cudaStream_t stream() const { return stream_; }
+namespace detail {
 
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_ = nullptr;
-};
-
-// Launches kernel(args...) and raises if the launch was refused. An empty grid is no launch.
-template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-            Arguments... arguments) {
+template <typename... Parameters>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, dim3 cluster, bool cooperative, size_t shared_bytes,
+            cudaStream_t stream, Parameters... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (shared_bytes > 48 * 1024) {
     FUSED_OPS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                               static_cast<int>(shared_bytes)));
   }
-  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
-  FUSED_OPS_CUDA_CHECK(cudaGetLastError());
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+  config.attrs = attributes;
+  if (cluster.x * cluster.y * cluster.z > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {cluster.x, cluster.y, cluster.z};
+  }
+  if (cooperative) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  if (config.numAttrs == 0) {
+    kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+    FUSED_OPS_CUDA_CHECK(cudaGetLastError());
+  } else {
+    FUSED_OPS_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+  }
+}
+
+}  // namespace detail
+
+// Launches kernel(arguments...), and throws if the launch was refused. An empty grid is no launch. Blocks come in
+// clusters of `cluster`, which divides `grid`; dim3(1, 1, 1) is none.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, dim3 cluster, size_t shared_bytes,
+            cudaStream_t stream, const Arguments&... arguments) {
+  detail::launch(kernel, grid, block, cluster, false, shared_bytes, stream, static_cast<Parameters>(arguments)...);
+}
+
+// The same with all blocks alive together, so that they may wait for each other; throws where the chip has no room.
+template <typename... Parameters, typename... Arguments>
+void launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block, dim3 cluster, size_t shared_bytes,
+                        cudaStream_t stream, const Arguments&... arguments) {
+  detail::launch(kernel, grid, block, cluster, true, shared_bytes, stream, static_cast<Parameters>(arguments)...);
 }
 
 inline int multiprocessors() {

@@ -1,7 +1,7 @@
 #include "conv/depthwise.cuh"
 
-#include "common/dtype.h"
 #include "common/launch.h"
+#include "common/tensor.h"
 
 namespace fused_ops::conv {
 namespace {
@@ -13,8 +13,8 @@ void launch_strips(const DepthwiseShape& shape, const DepthwiseTensors<T>& tenso
   const int64_t threads = shape.batch * shape.out_height * strips * (shape.channels / V);
   const int64_t blocks = (threads + kDepthwiseThreads - 1) / kDepthwiseThreads;
   STD_TORCH_CHECK(blocks <= INT32_MAX, "conv2d_cuda: the output is too large for one launch");
-  launch(depthwise_fwd_kernel<T, V, K, STRIDE>, dim3(static_cast<unsigned>(blocks)), dim3(kDepthwiseThreads), 0,
-         stream, shape, tensors, activation, threads);
+  launch(depthwise_fwd_kernel<T, V, K, STRIDE>, dim3(static_cast<unsigned>(blocks)), dim3(kDepthwiseThreads), dim3(1),
+         0, stream, shape, tensors, activation, threads);
 }
 
 template <typename T, int V>
@@ -33,8 +33,6 @@ void launch_kernel(const DepthwiseShape& shape, const DepthwiseTensors<T>& tenso
   return launch_strips<T, V, 0, 1>(shape, tensors, activation, stream);
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 void check_channels_last(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 4, name, " must be 4-dimensional");
   int64_t stride = 1;
@@ -46,12 +44,11 @@ void check_channels_last(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(dense, name, " must be contiguous in channels_last");
 }
 
-const float* vector_of(const std::optional<Tensor>& tensor, int64_t channels, const char* name) {
-  if (!tensor) return nullptr;
+void check_vector(const std::optional<Tensor>& tensor, int64_t channels, const char* name) {
+  if (!tensor) return;
   STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float, name, " must be float32");
   check_contiguous(*tensor, name);
   check_shape(*tensor, {channels}, name);
-  return static_cast<const float*>(tensor->const_data_ptr());
 }
 
 // input (N, C, H, W) channels_last, weight (C, 1, kh, kw), scale and shift (C,), residual (N, C, OH, OW) channels_last.
@@ -75,6 +72,8 @@ Tensor conv2d_cuda(Tensor input, Tensor weight, std::optional<Tensor> scale, std
   const Tensor taps = torch::stable::contiguous(torch::stable::transpose(flat, 0, 1));
   Tensor rows = torch::stable::new_empty(input, {batch, space[0], space[1], channels});
   Tensor output = torch::stable::transpose(torch::stable::transpose(rows, 1, 3), 2, 3);
+  check_vector(scale, channels, "scale");
+  check_vector(shift, channels, "shift");
   if (residual) {
     STD_TORCH_CHECK(residual->scalar_type() == input.scalar_type(), "residual must have input's dtype");
     check_shape(*residual, {batch, channels, space[0], space[1]}, "residual");
@@ -88,14 +87,10 @@ Tensor conv2d_cuda(Tensor input, Tensor weight, std::optional<Tensor> scale, std
                              narrow(padding[0]), narrow(padding[1]), narrow(dilation[0]), narrow(dilation[1])};
   dispatch_float(input.scalar_type(), "conv2d_cuda", [&](auto zero) {
     using T = decltype(zero);
-    const DepthwiseTensors<T> tensors{static_cast<const T*>(input.const_data_ptr()),
-                                      static_cast<const T*>(taps.const_data_ptr()),
-                                      vector_of(scale, channels, "scale"), vector_of(shift, channels, "shift"),
-                                      residual ? static_cast<const T*>(residual->const_data_ptr()) : nullptr,
-                                      static_cast<T*>(output.mutable_data_ptr())};
+    const DepthwiseTensors<T> tensors{data<const T>(input),     data<const T>(taps),     data<const float>(scale),
+                                      data<const float>(shift), data<const T>(residual), data<T>(output)};
     constexpr int kVector = 16 / sizeof(T);
-    const bool vectors = channels % kVector == 0 && aligned(tensors.input) && aligned(tensors.weight) &&
-                         aligned(tensors.output) && aligned(tensors.residual);
+    const bool vectors = channels % kVector == 0 && aligned({input, taps, output, residual});
     if (vectors) launch_kernel<T, kVector>(shape, tensors, narrow(activation), scope.stream());
     else launch_kernel<T, 1>(shape, tensors, narrow(activation), scope.stream());
   });
@@ -105,4 +100,4 @@ Tensor conv2d_cuda(Tensor input, Tensor weight, std::optional<Tensor> scale, std
 }  // namespace
 }  // namespace fused_ops::conv
 
-STABLE_TORCH_LIBRARY_IMPL(fused_ops, CUDA, m) { m.impl("conv2d_cuda", TORCH_BOX(&fused_ops::conv::conv2d_cuda)); }
+FUSED_OPS_CUDA_LIBRARY(m) { m.impl("conv2d_cuda", TORCH_BOX(&fused_ops::conv::conv2d_cuda)); }

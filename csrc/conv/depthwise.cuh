@@ -3,8 +3,7 @@
 // One thread makes a strip of kStrip neighbouring outputs of V neighbouring channels (16 bytes where C allows it).
 // It walks the taps row by row, reads each input vector of the strip's window once, and keeps the strip's sums in
 // registers; neighbouring threads hold neighbouring channels, so every access of a warp is one coalesced run. Windows
-// of neighbouring strips and rows overlap and meet in the first level cache. No shared memory, no barrier: the body is
-// plain C++ that also runs on the host, where the tests check its index maps.
+// of neighbouring strips and rows overlap and meet in the first level cache. No shared memory, no barrier.
 //
 // Bytes: input + output (+ residual) once from memory, K*K*C weights from cache; flops: 2*K*K per output. At K = 3 in
 // half precision that is 4.5 flop per byte: memory is the floor. At K = 7, 24.5 per byte: the float32 FMA units are.
@@ -12,24 +11,14 @@
 
 #include <cstdint>
 
-#include "conv/epilogue.h"
-
-#ifdef __CUDACC__
 #include "common/convert.cuh"
-#define FUSED_OPS_DEVICE __device__ __forceinline__
-#else
-#include <cmath>
-#define FUSED_OPS_DEVICE inline
-namespace fused_ops {
-inline float to_float(float x) { return x; }
-template <typename T> inline T from_float(float x) { return static_cast<T>(x); }
-template <typename T, int N> struct alignas(sizeof(T) * N) Pack { T values[N]; };
-}  // namespace fused_ops
-#endif
+#include "conv/epilogue.h"
 
 namespace fused_ops::conv {
 
 constexpr int kStrip = 4;
+constexpr int kDepthwiseThreads = 128;
+constexpr int kDepthwiseBlocks = 4;  // per multiprocessor: at most 128 registers a thread
 
 struct DepthwiseShape {
   int64_t batch, channels, height, width, out_height, out_width;
@@ -49,9 +38,11 @@ struct DepthwisePlace {
   int64_t image, y, x, channel;
 };
 
-FUSED_OPS_DEVICE int64_t depthwise_strips(const DepthwiseShape& s) { return (s.out_width + kStrip - 1) / kStrip; }
+__device__ __forceinline__ int64_t depthwise_strips(const DepthwiseShape& s) {
+  return (s.out_width + kStrip - 1) / kStrip;
+}
 
-FUSED_OPS_DEVICE DepthwisePlace depthwise_place(const DepthwiseShape& s, int64_t index, int vector) {
+__device__ __forceinline__ DepthwisePlace depthwise_place(const DepthwiseShape& s, int64_t index, int vector) {
   const int64_t groups = s.channels / vector, strips = depthwise_strips(s);
   DepthwisePlace place;
   place.channel = index % groups * vector;
@@ -63,7 +54,7 @@ FUSED_OPS_DEVICE DepthwisePlace depthwise_place(const DepthwiseShape& s, int64_t
   return place;
 }
 
-template <int ACTIVATION> FUSED_OPS_DEVICE float activate(float y) {
+template <int ACTIVATION> __device__ __forceinline__ float activate(float y) {
   if constexpr (ACTIVATION == kRelu) return y < 0.0f ? 0.0f : y;
   if constexpr (ACTIVATION == kRelu6) return y < 0.0f ? 0.0f : (y > 6.0f ? 6.0f : y);
   if constexpr (ACTIVATION == kGelu) return 0.5f * y * (1.0f + erff(y * 0.70710678f));
@@ -79,7 +70,7 @@ template <int ACTIVATION> FUSED_OPS_DEVICE float activate(float y) {
   return y;
 }
 
-template <int ACTIVATION, int V> FUSED_OPS_DEVICE void activate_all(float (&y)[kStrip][V]) {
+template <int ACTIVATION, int V> __device__ __forceinline__ void activate_all(float (&y)[kStrip][V]) {
 #pragma unroll
   for (int i = 0; i < kStrip; ++i) {
 #pragma unroll
@@ -87,7 +78,7 @@ template <int ACTIVATION, int V> FUSED_OPS_DEVICE void activate_all(float (&y)[k
   }
 }
 
-template <int V> FUSED_OPS_DEVICE void activate_strip(float (&y)[kStrip][V], int activation) {
+template <int V> __device__ __forceinline__ void activate_strip(float (&y)[kStrip][V], int activation) {
   switch (activation) {
     case kRelu: return activate_all<kRelu>(y);
     case kRelu6: return activate_all<kRelu6>(y);
@@ -103,7 +94,7 @@ template <int V> FUSED_OPS_DEVICE void activate_strip(float (&y)[kStrip][V], int
 }
 
 template <typename T, int V>
-FUSED_OPS_DEVICE void load_floats(const T* from, float (&to)[V]) {
+__device__ __forceinline__ void load_floats(const T* from, float (&to)[V]) {
   const auto pack = *reinterpret_cast<const Pack<T, V>*>(from);
 #pragma unroll
   for (int v = 0; v < V; ++v) to[v] = to_float(pack.values[v]);
@@ -112,8 +103,8 @@ FUSED_OPS_DEVICE void load_floats(const T* from, float (&to)[V]) {
 // Adds one row of taps to the strip: `row` is the input row, `first` the column of the strip's first tap.
 // K > 0 with step 1 and no dilation: each column of the window is read once and used by every tap that covers it.
 template <typename T, int V, int K, int STRIDE>
-FUSED_OPS_DEVICE void add_row_window(const DepthwiseShape& s, const T* row, const T* weight, int64_t first,
-                                     float (&sum)[kStrip][V]) {
+__device__ __forceinline__ void add_row_window(const DepthwiseShape& s, const T* row, const T* weight, int64_t first,
+                                               float (&sum)[kStrip][V]) {
   float taps[K][V];
 #pragma unroll
   for (int j = 0; j < K; ++j) load_floats<T, V>(weight + j * s.channels, taps[j]);
@@ -135,8 +126,8 @@ FUSED_OPS_DEVICE void add_row_window(const DepthwiseShape& s, const T* row, cons
 
 // Any kernel, stride and dilation.
 template <typename T, int V>
-FUSED_OPS_DEVICE void add_row(const DepthwiseShape& s, const T* row, const T* weight, int64_t first,
-                              float (&sum)[kStrip][V]) {
+__device__ __forceinline__ void add_row(const DepthwiseShape& s, const T* row, const T* weight, int64_t first,
+                                        float (&sum)[kStrip][V]) {
   for (int j = 0; j < s.kernel_w; ++j) {
     float tap[V];
     load_floats<T, V>(weight + j * s.channels, tap);
@@ -154,8 +145,8 @@ FUSED_OPS_DEVICE void add_row(const DepthwiseShape& s, const T* row, const T* we
 
 // One thread's work. K: kernel_w of an undilated kernel with this STRIDE along the width, or 0 for any.
 template <typename T, int V, int K, int STRIDE>
-FUSED_OPS_DEVICE void depthwise_strip(const DepthwiseShape& s, const DepthwiseTensors<T>& t, int activation,
-                                      int64_t index) {
+__device__ __forceinline__ void depthwise_strip(const DepthwiseShape& s, const DepthwiseTensors<T>& t, int activation,
+                                                int64_t index) {
   const DepthwisePlace place = depthwise_place(s, index, V);
   const T* image = t.input + place.image * s.height * s.width * s.channels + place.channel;
   const int64_t first = place.x * s.stride_w - s.padding_w;
@@ -197,16 +188,11 @@ FUSED_OPS_DEVICE void depthwise_strip(const DepthwiseShape& s, const DepthwiseTe
   }
 }
 
-#ifdef __CUDACC__
-constexpr int kDepthwiseThreads = 128;
-constexpr int kDepthwiseBlocks = 4;  // per multiprocessor: at most 128 registers a thread
-
 template <typename T, int V, int K, int STRIDE>
 __global__ __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks) void depthwise_fwd_kernel(
     DepthwiseShape shape, DepthwiseTensors<T> tensors, int activation, int64_t threads) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kDepthwiseThreads + threadIdx.x;
   if (index < threads) depthwise_strip<T, V, K, STRIDE>(shape, tensors, activation, index);
 }
-#endif
 
 }  // namespace fused_ops::conv

@@ -2,8 +2,8 @@
 #include <tuple>
 #include <type_traits>
 
-#include "common/dtype.h"
 #include "common/launch.h"
+#include "common/tensor.h"
 #include "rnn/cells.cuh"
 
 namespace fused_ops::cells {
@@ -15,22 +15,9 @@ Tensor checked(const Tensor& gates, const Tensor& state, int64_t count, const ch
   STD_TORCH_CHECK(state.dim() == 2, "the state must be (batch, hidden)");
   check_shape(gates, {state.size(0), count * state.size(1)}, name);
   STD_TORCH_CHECK(gates.scalar_type() == state.scalar_type(), name, " must be of the state's dtype");
-  STD_TORCH_CHECK(gates.is_cuda() && gates.get_device_index() == state.get_device_index(), name,
-                  " must be on the state's GPU");
+  STD_TORCH_CHECK(on_device_of(gates, state), name, " must be on the state's GPU");
   return torch::stable::contiguous(gates);
 }
-
-bool aligned(std::initializer_list<const void*> pointers) {
-  for (const void* pointer : pointers)
-    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
-  return true;
-}
-
-template <typename T>
-const T* in(const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); }
-
-template <typename T>
-T* out(const Tensor& tensor) { return static_cast<T*>(tensor.mutable_data_ptr()); }
 
 // visit(N as a constant): 16 bytes' worth of units where size and alignment allow, otherwise 1.
 template <typename T, typename Visitor>
@@ -56,10 +43,11 @@ Tensor rnn(const Tensor& gi_any, const Tensor& gh_any, bool relu) {
   Tensor h = torch::stable::new_empty(gi, {rows, hidden});
   dispatch_float(gi.scalar_type(), "rnn_cell_fwd", [&](auto type) {
     using T = decltype(type);
-    with_width<T>(hidden, aligned({in<T>(gi), in<T>(gh), in<T>(h)}), [&](auto width) {
+    with_width<T>(hidden, aligned({gi, gh, h}), [&](auto width) {
       constexpr int N = decltype(width)::value;
-      launch(relu ? rnn_cell_fwd_kernel<T, N, true> : rnn_cell_fwd_kernel<T, N, false>, grid(rows, hidden, N), THREADS, 0,
-             device.stream(), in<T>(gi), in<T>(gh), out<T>(h), rows, hidden);
+      const auto kernel = relu ? rnn_cell_fwd_kernel<T, N, true> : rnn_cell_fwd_kernel<T, N, false>;
+      launch(kernel, grid(rows, hidden, N), THREADS, 1, 0, device.stream(), data<const T>(gi), data<const T>(gh),
+             data<T>(h), rows, hidden);
     });
   });
   return h;
@@ -73,10 +61,10 @@ Tensor gru(const Tensor& gi_any, const Tensor& gh_any, const Tensor& h_any) {
   Tensor h_new = torch::stable::new_empty(h, {rows, hidden});
   dispatch_float(h.scalar_type(), "gru_cell_fwd", [&](auto type) {
     using T = decltype(type);
-    with_width<T>(hidden, aligned({in<T>(gi), in<T>(gh), in<T>(h), in<T>(h_new)}), [&](auto width) {
+    with_width<T>(hidden, aligned({gi, gh, h, h_new}), [&](auto width) {
       constexpr int N = decltype(width)::value;
-      launch(gru_cell_fwd_kernel<T, N>, grid(rows, hidden, N), THREADS, 0, device.stream(), in<T>(gi), in<T>(gh), in<T>(h),
-             out<T>(h_new), rows, hidden);
+      launch(gru_cell_fwd_kernel<T, N>, grid(rows, hidden, N), THREADS, 1, 0, device.stream(), data<const T>(gi),
+             data<const T>(gh), data<const T>(h), data<T>(h_new), rows, hidden);
     });
   });
   return h_new;
@@ -90,10 +78,10 @@ std::tuple<Tensor, Tensor> lstm(const Tensor& gi_any, const Tensor& gh_any, cons
   Tensor h = torch::stable::new_empty(c, {rows, hidden}), c_new = torch::stable::new_empty(c, {rows, hidden});
   dispatch_float(c.scalar_type(), "lstm_cell_fwd", [&](auto type) {
     using T = decltype(type);
-    with_width<T>(hidden, aligned({in<T>(gi), in<T>(gh), in<T>(c), in<T>(h), in<T>(c_new)}), [&](auto width) {
+    with_width<T>(hidden, aligned({gi, gh, c, h, c_new}), [&](auto width) {
       constexpr int N = decltype(width)::value;
-      launch(lstm_cell_fwd_kernel<T, N>, grid(rows, hidden, N), THREADS, 0, device.stream(), in<T>(gi), in<T>(gh), in<T>(c),
-             out<T>(h), out<T>(c_new), rows, hidden);
+      launch(lstm_cell_fwd_kernel<T, N>, grid(rows, hidden, N), THREADS, 1, 0, device.stream(), data<const T>(gi),
+             data<const T>(gh), data<const T>(c), data<T>(h), data<T>(c_new), rows, hidden);
     });
   });
   return {h, c_new};
@@ -101,7 +89,7 @@ std::tuple<Tensor, Tensor> lstm(const Tensor& gi_any, const Tensor& gh_any, cons
 
 }  // namespace fused_ops::cells
 
-STABLE_TORCH_LIBRARY_IMPL(fused_ops, CUDA, m) {
+FUSED_OPS_CUDA_LIBRARY(m) {
   m.impl("rnn_cell_fwd_cuda", TORCH_BOX(&fused_ops::cells::rnn));
   m.impl("gru_cell_fwd_cuda", TORCH_BOX(&fused_ops::cells::gru));
   m.impl("lstm_cell_fwd_cuda", TORCH_BOX(&fused_ops::cells::lstm));

@@ -220,6 +220,28 @@ def _decode_cuda_supports(query, k_cache, v_cache, cache_seqlens, sinks, score) 
     return None
 
 
+def _decode_cpu_supports(query, k_cache, v_cache, cache_seqlens, sinks, score) -> str | None:
+    if score.softcap is not None:
+        return "has no softcap"
+    if query.dtype not in _KERNEL_DTYPES:
+        return "takes float32, float16 and bfloat16"
+    if (k_cache.stride(-1) != 1 and k_cache.size(-1) > 1) or (v_cache.stride(-1) != 1 and v_cache.size(-1) > 1):
+        return "takes caches that are contiguous in their last dimension"
+    return None
+
+
+# By bench/results/cpu/decode_cpu.json: with more rows to a key head, products of matrices are as fast or faster.
+_DECODE_CPU_ROWS = {torch.float32: 64, torch.bfloat16: 16, torch.float16: 64}
+
+
+def _decode_cpu_worthwhile(query, k_cache, v_cache, cache_seqlens, sinks, score) -> str | None:
+    if query.size(1) * query.size(2) > _DECODE_CPU_ROWS.get(query.dtype, 64) * k_cache.size(1):
+        return "is slower with many queries per key head (bench/results/cpu/decode_cpu.json)"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, k_cache, v_cache, sinks)):
+        return "has no backward of its own: its gradient would compute the reference's forward again"
+    return None
+
+
 _DECODE = Op(
     "decode_attention",
     Backend(
@@ -232,9 +254,11 @@ _DECODE = Op(
             "attention/decode.cuh",
             "attention/decode.cu",
             "attention/decode_plan.h",
-            "common/convert.cuh",
+            "common/shared.cuh",
+            *verified.CUDA_COMMON,
         ),
     ),
+    Backend("cpu", op.decode_cpu, _decode_cpu_supports, _decode_cpu_worthwhile, needs="decode_attention_cpu"),
     Backend("reference", op.decode_reference),
 )
 
@@ -266,7 +290,7 @@ def decode_attention(
         window: (left, right), the number of keys seen either side of the diagonal, −1 for no bound.
         softcap: bound of the scores, > 0.
         sinks: (heads,), adds exp(sink) to the softmax's denominator.
-        backend: "cuda", "reference" or "auto"; default as set by `use_backend`.
+        backend: "cuda", "cpu", "reference" or "auto"; default as set by `use_backend`.
 
     Returns:
         (batch, heads, Lq, Dv). A row that sees no key gives 0.

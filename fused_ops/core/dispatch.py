@@ -58,7 +58,7 @@ class Backend:
     def missing(self, tensor: torch.Tensor) -> str | None:
         """Why this backend does not exist for `tensor`'s device, whatever the call."""
         if self.name == "cuda" and not tensor.is_cuda:
-            return "needs a tensor on a GPU"
+            return self._not_emulated(tensor)
         if self.name == "cpu" and not tensor.is_cpu:
             return "needs a tensor on the CPU"
         if self.name == "triton":
@@ -71,6 +71,18 @@ class Backend:
         if self.name == "cuda":
             return device.architecture_missing(tensor.get_device())
         return None
+
+    def _not_emulated(self, tensor: torch.Tensor) -> str | None:
+        """Why the CUDA kernel does not run on `tensor`, which is on no GPU."""
+        if not (extension.EMULATED and tensor.is_cpu):
+            return "needs a tensor on a GPU"
+        if self.needs is None or extension.has_kernel(self.needs, "CPU"):
+            return None
+        return extension.emulator_missing or "_emu.so was built without it"
+
+    def label(self, tensor: torch.Tensor) -> str:
+        """Its name, and whether it would only be emulated."""
+        return "cuda (emulated)" if extension.EMULATED and self.name == "cuda" and tensor.is_cpu else self.name
 
 
 class Choice(NamedTuple):
@@ -94,7 +106,8 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.chosen or 'nothing serves this call'}"]
-        lines += [f"  {name:<10} {verdict:<8} {reason}".rstrip() for name, verdict, reason in self.rows]
+        width = max(10, *(len(row[0]) for row in self.rows))
+        lines += [f"  {name:<{width}} {verdict:<8} {reason}".rstrip() for name, verdict, reason in self.rows]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -180,7 +193,7 @@ class Op:
         if reason is not None:
             raise BackendUnavailable(f"{self.name}: {binding} asks for {named}, which {reason}")
         for recording in _recordings:
-            recording.append(Choice(self.name, named, f"asked for by {binding}"))
+            recording.append(Choice(self.name, backend.label(tensors[0]), f"asked for by {binding}"))
         return backend
 
     def _auto(self, tensors: tuple, call: tuple) -> Backend:
@@ -213,16 +226,18 @@ class Op:
         named, binding = self._named(requested)
         chosen, rows = None, []
         for backend in self.backends:
+            label = backend.label(tensors[0])
             reason = self._refusal(backend, tensors, call)
             if reason is None and named is None and chosen is None:
-                reason = self._objection(backend, tensors, call)
+                emulated = label != backend.name
+                reason = "is taken by name only" if emulated else self._objection(backend, tensors, call)
             if reason is not None:
-                rows.append((backend.name, "refused", reason))
+                rows.append((label, "refused", reason))
             elif chosen is None and named in (None, backend.name):
-                chosen = backend.name
-                rows.append((backend.name, "chosen", f"asked for by {binding}" if named else ""))
+                chosen = label
+                rows.append((label, "chosen", f"asked for by {binding}" if named else ""))
             else:
-                rows.append((backend.name, "passed", f"{named or chosen} comes first"))
+                rows.append((label, "passed", f"{named or chosen} comes first"))
         if named is not None and named not in self.by_name:
             rows.append((named, "refused", f"{self.name} has no {named} backend"))
         return Explanation(self.name, chosen, tuple(rows))

@@ -1,9 +1,11 @@
 """Loads the compiled parts. Nothing here raises: why something is missing is kept as text, for `info` and `explain`.
 
 setup.py appends a line to `_C.so`, `TRAILER` and JSON: the CRC-32 of what precedes it, and the SHA-256 of every source.
+So does what builds `_emu.so`, the CUDA kernels for the CPU (csrc/emulation), loaded if FUSED_OPS_EMULATE=1 at import.
 """
 
 import json
+import os
 import platform
 import struct
 import zlib
@@ -14,6 +16,9 @@ import torch
 
 from fused_ops.core.library import traced_as_constant
 
+_PACKAGE = Path(__file__).parent.parent
+EMULATED = os.environ.get("FUSED_OPS_EMULATE") == "1"
+EMULATOR = _PACKAGE / "_emu.so"
 TRAILER = b"\nfused_ops:"
 _ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 
@@ -48,11 +53,10 @@ def _promised_size(data: bytes) -> int:
     return max([tables, *(offset + size for _, _, offset, _, _, size, _, _ in headers)])
 
 
-def _load_kernels() -> tuple[str | None, dict[str, str]]:
+def _load_kernels(path: Path, remedy: str = "") -> tuple[str | None, dict[str, str]]:
     """(Why there are no compiled kernels, hashes of the sources they were built from.)"""
-    path = Path(__file__).parent.parent / "_C.so"
     if not path.is_file():
-        return "_C.so was not built", {}
+        return f"{path.name} was not built{remedy}", {}
     try:
         data = path.read_bytes()
         reason = damage(data)
@@ -62,7 +66,7 @@ def _load_kernels() -> tuple[str | None, dict[str, str]]:
             return None, json.loads(tail)["sources"] if mark else {}
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]  # torch's own message leaves out the loader's
-    return f"_C.so did not load: {reason}", {}
+    return f"{path.name} did not load: {reason}", {}
 
 
 def _load_host():
@@ -72,7 +76,8 @@ def _load_host():
         return None, f"_host did not load: {error}"
 
 
-kernels_missing, sources = _load_kernels()
+kernels_missing, sources = _load_kernels(_PACKAGE / "_C.so")
+emulator_missing = _load_kernels(EMULATOR, ": make emulate")[0] if EMULATED else "FUSED_OPS_EMULATE=1 was not set"
 host, host_missing = _load_host()
 
 

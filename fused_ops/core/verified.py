@@ -14,6 +14,8 @@ from fused_ops.core.library import traced_as_constant
 
 _PACKAGE = Path(__file__).parent.parent
 RECORD = Path(__file__).with_name("verified.json")
+# What every CUDA kernel's files include.
+CUDA_COMMON = ("common/check.h", "common/convert.cuh", "common/dtype.h", "common/launch.h", "common/tensor.h")
 _fingerprints: dict[str, str | None] = {}
 
 
@@ -21,7 +23,8 @@ _fingerprints: dict[str, str | None] = {}
 class Kernel:
     """A GPU kernel: its name ("attention.fwd.triton") and the files that decide what it computes.
 
-    Files ending in .py are relative to the package, the others to csrc/ (their hashes were taken at build time).
+    Files ending in .py are relative to the package, the others to csrc/ (their hashes were taken at build time): the
+    kernel's own and every header that they include.
     """
 
     name: str

@@ -12,48 +12,34 @@ from fused_ops.rnn import op, reference
 from fused_ops.rnn.checks import check_cell, check_dropout, check_sequence
 from fused_ops.rnn.reference import Static, Tensors
 
-# What auto knows of the C++ GRU's speed is in bench/results/cpu/gru_cpu.json, measured with AVX-512.
+# What auto knows of the C++ kernels' speed is in bench/results/cpu/rnn_cpu.json, measured with AVX-512.
 _VECTORISED = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-_NO_BACKWARD = "has no backward of its own: differentiating reference costs a second forward"
 _NOT_MEASURED = "is slower than torch's GEMM without AVX2"
-_TOO_SHORT = "packs its weights in every call, too much for so few steps (bench/results/cpu/gru_cpu.json)"
+_TOO_SHORT = "packs its weights in every call, too much for so few steps (bench/results/cpu/rnn_cpu.json)"
 
 
 def _differentiates(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _gru_cpu_supports(tensors: Tensors, params: tuple, static: Static, dropout: float) -> str | None:
+def _cpu_supports(tensors: Tensors, params: tuple, static: Static, dropout: float) -> str | None:
     if tensors.input.dtype != torch.float32:
         return "takes float32"
-    if tensors.resets is not None or static.all_states or dropout > 0.0:
-        return "has no resets, all states or dropout between layers yet"
+    if len(params) != static.num_layers * static.directions * (4 if static.has_biases else 2):
+        return "has no projection of the state"
     return None
 
 
-def _gru_cpu_worthwhile(tensors: Tensors, params: tuple, static: Static, dropout: float) -> str | None:
-    if _differentiates(tensors.input, tensors.h0, *params):
-        return _NO_BACKWARD
-    if not _VECTORISED:
-        return _NOT_MEASURED
-    hidden, packed = tensors.h0.size(-1), tensors.batch_sizes is not None
-    time = (tensors.batch_sizes if packed else tensors.input).size(0)
-    steps = tensors.input.size(0) if packed else time * tensors.input.size(1)
-    if time >= max(16, hidden // 16) or steps >= max(16, hidden // 4):
-        return None
-    return _TOO_SHORT
+def _cpu_worthwhile(tensors: Tensors, params: tuple, static: Static, dropout: float) -> str | None:
+    return None
 
 
-def _gru_cell_cpu_supports(input, *rest) -> str | None:
+def _cell_cpu_supports(input, *rest) -> str | None:
     return None if input.dtype == torch.float32 else "takes float32"
 
 
-def _gru_cell_cpu_worthwhile(input, h, *weights) -> str | None:
-    if _differentiates(input, h, *weights):
-        return _NO_BACKWARD
-    if not _VECTORISED:
-        return _NOT_MEASURED
-    return None if h.size(0) >= max(128, h.size(1) // 2) else _TOO_SHORT
+def _cell_cpu_worthwhile(input, *rest) -> str | None:
+    return None
 
 
 def _gpu_cell_supports(input, *rest) -> str | None:
@@ -62,20 +48,12 @@ def _gpu_cell_supports(input, *rest) -> str | None:
     return None
 
 
-_GRU_CPU = Backend("cpu", op.gru_cpu, _gru_cpu_supports, _gru_cpu_worthwhile, needs="gru_fwd_cpu")
-_GRU_CELL_CPU = Backend(
-    "cpu", op.gru_cell_cpu, _gru_cell_cpu_supports, _gru_cell_cpu_worthwhile, needs="gru_cell_fwd_cpu"
-)
 _REFERENCE = Backend("reference", op.sequence_reference)
-_SEQUENCES = {
-    "rnn_tanh": Op("rnn_tanh", _REFERENCE),
-    "rnn_relu": Op("rnn_relu", _REFERENCE),
-    "gru": Op("gru", _GRU_CPU, _REFERENCE),
-    "lstm": Op("lstm", _REFERENCE),
-}
+_SEQUENCE_CPU = Backend("cpu", op.sequence_cpu, _cpu_supports, _cpu_worthwhile, needs="rnn_fwd_cpu")
+_SEQUENCES = {mode: Op(mode, _SEQUENCE_CPU, _REFERENCE) for mode in ("rnn_tanh", "rnn_relu", "gru", "lstm")}
 _CELL_KERNELS = {
     "triton": verified.kernel("rnn.cells.triton", "rnn/triton_kernels.py"),
-    "cuda": verified.kernel("rnn.cells.cuda", "rnn/cells.cu", "rnn/cells.cuh", "common/convert.cuh", "common/launch.h"),
+    "cuda": verified.kernel("rnn.cells.cuda", "rnn/cells.cu", "rnn/cells.cuh", *verified.CUDA_COMMON),
 }
 _CELLS = {}
 for _index, (_name, _kind) in enumerate(
@@ -93,7 +71,7 @@ for _index, (_name, _kind) in enumerate(
             )
             for backend in ("cuda", "triton")
         ),
-        *((_GRU_CELL_CPU,) if _name == "gru_cell" else ()),
+        Backend("cpu", op.CPU_CELLS[_index], _cell_cpu_supports, _cell_cpu_worthwhile, needs="rnn_fwd_cpu"),
         Backend("reference", getattr(reference, _name)),
     )
 

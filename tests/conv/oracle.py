@@ -1,8 +1,10 @@
 """Inputs and comparisons the convolution tests share."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import fused_ops
 from fused_ops.conv import reference
 from tests.support import assert_accurate, leaves, randn, value_and_gradients
 
@@ -59,3 +61,23 @@ def check(fn, torch_fn, tensors: list[Tensor | None], terms: int) -> None:
         assert_accurate(mine, right, torchs, terms=terms)
     for mine, right, torchs in zip(gradients, exact_gradients, their_gradients, strict=True):
         assert_accurate(mine, right, torchs, factor=3, terms=terms * 8)
+
+
+def check_kernel(backend, a, place, activation, layout, terms: int) -> None:
+    """`fused_ops.conv2d` of `inputs` at `place` (stride, padding, dilation, groups) on `backend`."""
+    x = a["input"].contiguous(memory_format=layout)
+    residual = None if a["residual"] is None else a["residual"].contiguous(memory_format=layout)
+    order = (x, a["weight"], a["bias"], *place, a["scale"], a["shift"], residual, activation)
+    got = fused_ops.conv2d(*order[:3], *place, scale=a["scale"], shift=a["shift"], residual=residual,
+                           activation=activation, backend=backend)  # fmt: skip
+    exact = plain(F.conv2d, *(t.cpu().double() if isinstance(t, Tensor) else t for t in order))
+    assert_accurate(got, exact, plain(F.conv2d, *order), terms=terms)
+    assert got.is_contiguous(memory_format=layout) and got.dtype is x.dtype
+
+
+def check_depthwise(kernel, space, place, activation, dtype, device) -> None:
+    """The CUDA depthwise kernel with everything that may follow the sum."""
+    channels = place[-1]
+    size = F.conv2d(randn(2, channels, *space), randn(channels, 1, *kernel), None, *place).shape
+    a = inputs(2, channels, channels, space, kernel, channels, dtype=dtype, device=device, residual=size)
+    check_kernel("cuda", a, place, activation, torch.channels_last, kernel[0] * kernel[1])

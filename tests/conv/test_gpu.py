@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import fused_ops
-from tests.conv.oracle import ACTIVATIONS, inputs, plain
-from tests.support import assert_accurate, leaves, randn, value_and_gradients
+from tests.conv.oracle import ACTIVATIONS, check_depthwise, check_kernel, inputs, plain
+from tests.support import assert_accurate, leaves, value_and_gradients
 
 pytestmark = pytest.mark.gpu
 TRITON, CUDA = (pytest.mark.kernel(name) for name in ("conv.pointwise.fwd.triton", "conv.depthwise.fwd.cuda"))
@@ -22,16 +22,6 @@ def _ieee():
     torch.backends.cudnn.conv.fp32_precision = before
 
 
-def check(backend, a, place, activation, layout, terms):
-    x, residual = (a[key].contiguous(memory_format=layout) for key in ("input", "residual"))
-    order = (x, a["weight"], a["bias"], *place, a["scale"], a["shift"], residual, activation)
-    got = fused_ops.conv2d(*order[:3], *place, scale=a["scale"], shift=a["shift"], residual=residual,
-                           activation=activation, backend=backend)  # fmt: skip
-    exact = plain(F.conv2d, *(t.cpu().double() if isinstance(t, torch.Tensor) else t for t in order))
-    assert_accurate(got, exact, plain(F.conv2d, *order), terms=terms)
-    assert got.is_contiguous(memory_format=layout) and got.dtype is x.dtype
-
-
 @TRITON
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -43,7 +33,7 @@ def test_triton_pointwise(shape, dtype, layout):
     for activation in (None, *ACTIVATIONS):
         a = inputs(batch, channels, out_channels, space, (1, 1), dtype=dtype, device="cuda",
                    residual=(batch, out_channels, *space))  # fmt: skip
-        check("triton", a, (1, 0, 1, 1), activation, LAYOUTS[layout], channels)
+        check_kernel("triton", a, (1, 0, 1, 1), activation, LAYOUTS[layout], channels)
 
 
 @CUDA
@@ -53,11 +43,8 @@ def test_triton_pointwise(shape, dtype, layout):
 def test_cuda_depthwise(kernel, channels, dtype):
     for stride, padding, dilation in ((1, 1, 1), (2, 3, 1), (3, 0, 1), (1, 4, 2)):
         place = ((stride, stride), (padding, padding), (dilation, dilation), channels)
-        x, w = randn(2, channels, 15, 18), randn(channels, 1, *kernel)
-        size = F.conv2d(x, w, None, *place).shape
         for activation in ("relu6", "gelu", None):
-            a = inputs(2, channels, channels, (15, 18), kernel, channels, dtype=dtype, device="cuda", residual=size)
-            check("cuda", a, place, activation, torch.channels_last, kernel[0] * kernel[1])
+            check_depthwise(kernel, (15, 18), place, activation, dtype, "cuda")
 
 
 @pytest.mark.parametrize("backend", [pytest.param("triton", marks=TRITON), pytest.param("cuda", marks=CUDA)])

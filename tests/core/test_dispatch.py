@@ -201,6 +201,34 @@ def test_a_kernel_that_is_not_registered_is_refused_with_the_stored_reason(make_
         assert scaled.calls == ["reference", "cpu"]
 
 
+def test_emulation_gives_cpu_tensors_to_cuda_by_name_only(make_op, monkeypatch):
+    monkeypatch.setattr(extension, "EMULATED", True)
+    scaled = make_op("cuda", "cpu", "reference")
+    scaled(X)
+    with dispatch.record() as choices:
+        scaled(X, backend="cuda")
+    assert scaled.calls == ["cpu", "cuda"]
+    assert [choice.backend for choice in choices] == ["cuda (emulated)"]
+    assert fused_ops.explain(scaled, X).rows[0] == ("cuda (emulated)", "refused", "is taken by name only")
+    assert fused_ops.explain(scaled, X).chosen == "cpu"
+    assert fused_ops.explain(scaled, X, backend="cuda").chosen == "cuda (emulated)"
+    monkeypatch.setattr(device, "architecture_missing", lambda index: None)
+    scaled(fake_cuda(3))
+    assert fused_ops.explain(scaled, fake_cuda(3)).rows[0] == ("cuda", "chosen", "")
+
+
+def test_a_kernel_the_emulator_lacks_is_refused_with_the_stored_reason(make_op, monkeypatch):
+    monkeypatch.setattr(extension, "EMULATED", True)
+    monkeypatch.setattr(extension, "_registered", set())
+    with torch.library._scoped_library("fused_ops", "FRAGMENT") as library:
+        library.define("emulated_schema_alone(Tensor x) -> Tensor")
+        scaled = make_op("cuda", "reference", cuda={"needs": "emulated_schema_alone"})
+        for stored in ("_emu.so was not built: make emulate", None):
+            monkeypatch.setattr(extension, "emulator_missing", stored)
+            with pytest.raises(fused_ops.BackendUnavailable, match=stored or "_emu.so was built without it"):
+                scaled(X, backend="cuda")
+
+
 def test_explain_rows_name_every_backend_with_verdict_and_reason(make_op):
     scaled = make_op("cuda", "cpu", "reference")
     found = fused_ops.explain(scaled, X)

@@ -148,6 +148,39 @@ def test_a_library_that_cannot_be_linked_is_only_a_reason(package, whole):
     assert found["schemas"] == whole["schemas"]
 
 
+EMULATED = """
+import torch, fused_ops
+from fused_ops.core import extension
+x, w = torch.ones(2, 3), torch.ones(3, 3)
+print(extension.emulator_missing)
+print(fused_ops.explain(fused_ops.rnn_tanh_cell, x, x, w, w, backend="cuda").rows[0])
+print(fused_ops.rnn_tanh_cell(x, x, w, w).tolist())
+"""
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["deleted", "cut at half", "a flipped byte"])
+def test_import_survives_a_broken_emulator_and_tells_the_reason(package, kind):
+    data = damaged(kind, (package / "_C.so").read_bytes())
+    library = package / "_emu.so"
+    library.unlink(missing_ok=True)
+    if data is not None:
+        library.write_bytes(data)
+    done = python(package, EMULATED, FUSED_OPS_EMULATE="1")
+    assert (done.returncode, done.stderr) == (0, "")
+    reason, row, _ = done.stdout.splitlines()
+    assert reason.startswith("_emu.so ") and DAMAGE[kind] in reason
+    assert row == str(("cuda (emulated)", "refused", reason))
+
+
+def test_without_the_variable_the_emulator_is_not_even_opened(package):
+    (package / "_emu.so").unlink(missing_ok=True)
+    (package / "_emu.so").mkdir()
+    reason, row, _ = python(package, EMULATED).stdout.splitlines()
+    assert reason == "FUSED_OPS_EMULATE=1 was not set"
+    assert row == str(("cuda", "refused", "needs a tensor on a GPU"))
+
+
 def test_import_survives_without_the_host_module(package, whole):
     for path in package.glob("_host*.so"):
         path.unlink()

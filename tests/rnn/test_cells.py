@@ -126,6 +126,21 @@ def check_kernel(cell: str, backend: str, sizes: tuple, dtype: torch.dtype, devi
             assert_accurate(value, wanted, torch_value, factor=factor, terms=sizes[1] + sizes[2])
 
 
+def check_views_and_nan(backend: str, device: str) -> None:
+    """The kernels take any strides, and one NaN makes one NaN."""
+    for kind, gates in (("rnn", 1), ("gru", 3), ("lstm", 4)):
+        function = getattr(torch.ops.fused_ops, f"{kind}_cell_fwd_{backend}")
+        gi, gh = (randn(4, gates * 33, seed=i, device=device) for i in range(2))
+        state = randn(4, 33, device=device)
+        last = (True,) if kind == "rnn" else (state,)
+        gi[2, 5] = float("nan")
+        wanted = function(gi, gh, *last)
+        views = (noncontiguous(gi), gh.T.contiguous().T, *((noncontiguous(state),) if kind != "rnn" else last))
+        for found, value in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (function(*views), wanted))):
+            assert torch.equal(found.nan_to_num(9.0), value.nan_to_num(9.0)) and value[2, 5].isnan()
+            assert value.isnan().sum() == 1
+
+
 def test_every_cell_has_both_gpu_backends():
     assert set(op.CELLS) == {"cuda", "triton"}
     for cell in CELLS:
