@@ -23,7 +23,7 @@ endif
 # On a GPU machine: where its results go.
 OUT ?= build/gpu
 
-.PHONY: bench test emulate setup lint gate gpu clean
+.PHONY: bench test emulate sanitize setup lint gate gpu clean
 
 bench: setup
 	$(PY) -m bench
@@ -35,6 +35,10 @@ test: setup emulate
 
 emulate: setup
 	$(PY) -m tests.emulation.build
+
+# The emulated tests again, the kernels under AddressSanitizer.
+sanitize: setup emulate
+	$(PY) -m tests.emulation.sanitize
 
 gate: setup
 	$(PY) -m tests.gate $(GATE_FLAGS)

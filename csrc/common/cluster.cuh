@@ -29,8 +29,8 @@ __device__ inline void cluster_sync() {
   cluster_wait();
 }
 
-// "mapa": where block `rank` of the cluster has the shared variable that `mine` points to here. Loads, stores and atomics
-// take the pointer like any other.
+// "mapa": where block `rank` of the cluster has the shared variable that `mine` points to here. Loads, stores and
+// atomics take the pointer like any other.
 template <typename T>
 __device__ inline T* remote(T* mine, uint32_t rank) {
   uint64_t there;

@@ -1,7 +1,7 @@
-// Barriers in shared memory that count arrivals of threads and bytes of asynchronous copies, phase after phase: phase n,
-// of parity n % 2, is complete when all its arrivals have come and no bytes are to come; phase n + 1 is then under way.
-// Sections named are of the PTX ISA, "Parallel Synchronization and Communication Instructions: mbarrier". Emulated,
-// uncalibrated: no GPU has confirmed this file's twin yet.
+// Barriers in shared memory that count arrivals of threads and bytes of asynchronous copies, phase after phase: phase
+// n, of parity n % 2, is complete when all its arrivals have come and no bytes are to come; phase n + 1 is then under
+// way. Sections named are of the PTX ISA, "Parallel Synchronization and Communication Instructions: mbarrier".
+// Emulated, uncalibrated: no GPU has confirmed this file's twin yet.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,8 @@ __device__ inline uint32_t cluster_address(const void* remote) {
 
 }  // namespace detail
 
-// "mbarrier.init": one thread, before all others; `count` arrivals complete a phase. Then that thread fences (below) and
-// a barrier shows the mbarrier to the others. "mbarrier.inval": the memory may be used for other things.
+// "mbarrier.init": one thread, before all others; `count` arrivals complete a phase. Then that thread fences (below)
+// and a barrier shows the mbarrier to the others. "mbarrier.inval": the memory may be used for other things.
 __device__ inline void mbarrier_init(Mbarrier* barrier, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(detail::shared_address(barrier)), "r"(count) : "memory");
 }
@@ -34,8 +34,8 @@ __device__ inline void mbarrier_inval(Mbarrier* barrier) {
   asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(detail::shared_address(barrier)) : "memory");
 }
 
-// "membar / fence", fence.mbarrier_init: the mbarriers this thread has made are ready for asynchronous copies and, after
-// the cluster's next barrier (a relaxed arrival will do), for the cluster.
+// "membar / fence", fence.mbarrier_init: the mbarriers this thread has made are ready for asynchronous copies and,
+// after the cluster's next barrier (a relaxed arrival will do), for the cluster.
 __device__ inline void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 // "membar / fence", fence.proxy.async: what this thread has written becomes visible to asynchronous operations (bulk
@@ -76,11 +76,13 @@ __device__ inline void mbarrier_arrive_expect_tx_remote(Mbarrier* barrier, uint3
 
 // "mbarrier.expect_tx", "mbarrier.complete_tx": more or fewer bytes are to come.
 __device__ inline void mbarrier_expect_tx(Mbarrier* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(detail::shared_address(barrier)), "r"(bytes)
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(detail::shared_address(barrier)),
+               "r"(bytes)
                : "memory");
 }
 __device__ inline void mbarrier_complete_tx(Mbarrier* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.complete_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(detail::shared_address(barrier)), "r"(bytes)
+  asm volatile("mbarrier.complete_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(detail::shared_address(barrier)),
+               "r"(bytes)
                : "memory");
 }
 
@@ -89,12 +91,14 @@ __device__ inline void mbarrier_complete_tx(Mbarrier* barrier, uint32_t bytes) {
   static_assert(scope == Scope::block || scope == Scope::cluster);                                                 \
   uint32_t done;                                                                                                   \
   if constexpr (scope == Scope::block) {                                                                           \
-    asm volatile("{\n.reg .pred p;\n" instruction ".acquire.cta.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"     \
+    asm volatile("{\n.reg .pred p;\n" instruction                                                                   \
+                 ".acquire.cta.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"                             \
                  : "=r"(done)                                                                                      \
                  : "r"(detail::shared_address(barrier)), constraint(operand)                                       \
                  : "memory");                                                                                      \
   } else {                                                                                                         \
-    asm volatile("{\n.reg .pred p;\n" instruction ".acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}" \
+    asm volatile("{\n.reg .pred p;\n" instruction                                                                   \
+                 ".acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"                         \
                  : "=r"(done)                                                                                      \
                  : "r"(detail::shared_address(barrier)), constraint(operand)                                       \
                  : "memory");                                                                                      \

@@ -63,7 +63,7 @@ struct Shuffled {
 template <typename T>
 FUSED_OPS_UNCHECKED T shuffle(const char* kind, unsigned mask, T value, int from, Where where) {
   Shuffled<T> mine{value, from, value};
-  collective(kind, mask, mine, [&](Lanes<Shuffled<T>>& lanes) {
+  collective(kind, mask, mine, [&](Lanes<Shuffled<T>>& lanes) FUSED_OPS_UNCHECKED {
     for (auto* lane : lanes) {
       if (lane == nullptr || lane->from < 0) continue;
       if (lanes[static_cast<size_t>(lane->from)] == nullptr) {
@@ -80,7 +80,7 @@ inline int segment(int width) { return static_cast<int>(this_lane()) & ~(width -
 
 template <typename T, typename Join>
 FUSED_OPS_UNCHECKED T reduce(const char* kind, unsigned mask, T value, Join join, Where where) {
-  collective(kind, mask, value, [&](Lanes<T>& lanes) {
+  collective(kind, mask, value, [&](Lanes<T>& lanes) FUSED_OPS_UNCHECKED {
     T all{};
     bool first = true;
     for (T* lane : lanes) if (lane != nullptr) all = first ? *lane : join(all, *lane), first = false;

@@ -1,4 +1,6 @@
 // What common/bulk_copy.cuh's twin does.
+#include "emulation/builtins.h"
+
 #include <algorithm>
 #include <cstring>
 #include <deque>
@@ -109,7 +111,9 @@ void land(size_t number) {
   for (const Run& run : copy->runs) brought += run.bytes;
   if (brought < copy->bytes) {
     for_pieces(*copy, 0, copy->bytes, [&](std::byte* to, size_t in_box, size_t bytes) {
-      for (size_t i = 0; i < bytes; ++i) to[i] = (in_box + i) % copy->element_bytes + 1 == copy->element_bytes ? copy->fill_last : copy->fill;
+      for (size_t i = 0; i < bytes; ++i) {
+        to[i] = (in_box + i) % copy->element_bytes + 1 == copy->element_bytes ? copy->fill_last : copy->fill;
+      }
     });
   }
   for (const Run& run : copy->runs) {
@@ -234,7 +238,9 @@ void end_bulk_copies() {
   mine->groups.push_back(std::move(mine->open));
   for (const auto& group : mine->groups) {
     for (const Copy& copy : group) {
-      if (!copy.was_read) fail("exits while its bulk copy still reads shared memory: no bulk_wait_read has covered it", copy.where);
+      if (!copy.was_read) {
+        fail("exits while its bulk copy still reads shared memory: no bulk_wait_read has covered it", copy.where);
+      }
     }
   }
   ++current->clock;
@@ -248,11 +254,17 @@ void check_tensor_map(const TensorMap& map, bool is_float) {
   const size_t row = map.box[0] * map.element_bytes;
   if (row % 16 != 0) refuse("a row of the box has " + std::to_string(row) + " bytes, no multiple of 16");
   const size_t most = map.swizzle == Swizzle::none ? row : swizzle_bytes(map.swizzle);
-  if (row > most) refuse("a row of the box has " + std::to_string(row) + " bytes, the swizzle's has " + std::to_string(most));
+  if (row > most) {
+    refuse("a row of the box has " + std::to_string(row) + " bytes, the swizzle's has " + std::to_string(most));
+  }
   for (size_t i = 0; i < map.rank; ++i) {
     const std::string dimension = " in dimension " + std::to_string(i);
-    if (map.sizes[i] == 0 || map.sizes[i] > uint64_t{1} << 32) refuse("a size of " + std::to_string(map.sizes[i]) + dimension);
-    if (map.box[i] == 0 || map.box[i] > 256) refuse("a box of " + std::to_string(map.box[i]) + dimension + ", 1 to 256 are allowed");
+    if (map.sizes[i] == 0 || map.sizes[i] > uint64_t{1} << 32) {
+      refuse("a size of " + std::to_string(map.sizes[i]) + dimension);
+    }
+    if (map.box[i] == 0 || map.box[i] > 256) {
+      refuse("a box of " + std::to_string(map.box[i]) + dimension + ", 1 to 256 are allowed");
+    }
     if (map.steps[i] > 8) refuse("a step of " + std::to_string(map.steps[i]) + dimension + ", at most 8 is allowed");
     if (i > 0 && (map.strides[i] % 16 != 0 || map.strides[i] >= uint64_t{1} << 40)) {
       refuse("a stride of " + std::to_string(map.strides[i]) + " bytes" + dimension + ", no multiple of 16 below 2^40");

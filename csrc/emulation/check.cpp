@@ -85,6 +85,7 @@ std::string describe(const Access& access) {
   std::string text = "block (" + std::to_string(access.block % g.x) + ", " + std::to_string(access.block / g.x % g.y) +
                      ", " + std::to_string(access.block / g.x / g.y) + ")";
   if (access.warp == kCopies) return text + "'s asynchronous copy";
+  if (access.warp > kCopies) return text + "'s wgmma";
   return text + " warp " + std::to_string(access.warp) + " lane " + std::to_string(__builtin_ctz(access.lanes));
 }
 

@@ -82,7 +82,7 @@ inline void read(const void* address, size_t bytes, const Where& where) { access
 inline void write(void* address, size_t bytes, const Where& where) { access(address, bytes, Kind::write, where); }
 
 // Whose accesses an asynchronous copy's are, once it is complete: not its thread's, but known to whoever acquires from
-// its mbarrier. Of block `block`, at most 32 (`slot`).
+// its mbarrier, or waits for its wgmma. Of block `block`, at most 64 (`slot`).
 struct Copier {
   uint32_t block = 0, slot = 0, clock = 1;
 };

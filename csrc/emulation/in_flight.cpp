@@ -30,20 +30,21 @@ Cells cells_of(const void* address, size_t bytes) {
   Range* range = bytes > 0 ? find(first, last) : nullptr;
   if (range == nullptr || !range->writable) return {};
   Cell* cells = range->cells.get();
-  return {cells + ((first - range->start) >> range->unit_bits), cells + ((last - 1 - range->start) >> range->unit_bits) + 1,
-          range};
+  return {cells + ((first - range->start) >> range->unit_bits),
+          cells + ((last - 1 - range->start) >> range->unit_bits) + 1, range};
 }
 
 Access epoch(const Where& where, const Copier* by) {
-  if (by != nullptr) return {by->block, kCopies, 1u << by->slot, by->clock, site_of(where)};
+  if (by != nullptr) return {by->block, kCopies + by->slot / 32, 1u << by->slot % 32, by->clock, site_of(where)};
   const Thread& self = *current;
   return {self.block->linear, self.warp(), 1u << self.lane(), self.clock, site_of(where)};
 }
 
 void must_be_shown(const Access& write, const char* what, const Where& where) {
-  if (write.warp == kCopies || holds(current->shown_to_copies.get(), write)) return;
-  report(std::string("an asynchronous operation ") + what + " what " + describe(write) + " wrote (" + line_at(write.site) +
-             ") without a proxy fence by that thread between the two", site_of(where));
+  if (write.warp >= kCopies || holds(current->shown_to_copies.get(), write)) return;
+  report(std::string("an asynchronous operation ") + what + " what " + describe(write) + " wrote (" +
+             line_at(write.site) + ") without a proxy fence by that thread between the two",
+         site_of(where));
 }
 
 }  // namespace
@@ -59,8 +60,9 @@ void begin_async_write(void* address, size_t bytes, const Where& where) {
   const Cells cells = cells_of(address, bytes);
   std::vector<Access> before;
   for (const Cell& cell : cells) {
-    if (cell.life == cells.range->life && (before.empty() || before.back().clock != cell.write.clock ||
-                                           before.back().lanes != cell.write.lanes || before.back().warp != cell.write.warp)) {
+    if (cell.life == cells.range->life &&
+        (before.empty() || before.back().clock != cell.write.clock || before.back().lanes != cell.write.lanes ||
+         before.back().warp != cell.write.warp)) {
       before.push_back(cell.write);
     }
   }
@@ -129,7 +131,8 @@ void end_read(const void* address, size_t bytes, const Where& where, const Copie
 std::pair<std::string, uint32_t> user_of(uintptr_t address) {
   for (const auto& [first, reading] : readings) {
     if (address < reading.first || address >= reading.last) continue;
-    return {reading.is_mbarrier ? "holds an mbarrier" : "an asynchronous operation of " + describe(reading.by) + " still reads",
+    return {reading.is_mbarrier ? "holds an mbarrier"
+                                : "an asynchronous operation of " + describe(reading.by) + " still reads",
             reading.by.site};
   }
   return {"is in use", site_of(Where())};
@@ -146,7 +149,9 @@ void must_be_alive(const Block& owner, uint32_t site) {
                             std::to_string(owner.index.y) + ", " + std::to_string(owner.index.z) + ")";
   if (owner.exited == owner.threads.size()) report("touches " + whose + ", which has exited", site);
   const bool started = self.cluster_waits > 0 || (self.knows && self.knows->find(owner.linear) != nullptr);
-  if (!started) report("touches " + whose + ", which may not have started: no barrier of the cluster came before", site);
+  if (!started) {
+    report("touches " + whose + ", which may not have started: no barrier of the cluster came before", site);
+  }
 }
 
 void touch_remote(Block& owner, uint32_t site) {

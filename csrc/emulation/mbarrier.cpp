@@ -1,9 +1,10 @@
 // What common/mbarrier.cuh's twin does.
-#include "emulation/mbarrier.h"
+#include "emulation/builtins.h"
 
 #include <algorithm>
 
 #include "emulation/common/mbarrier.cuh"
+#include "emulation/mbarrier.h"
 
 namespace fused_ops::emulation {
 namespace {
@@ -15,7 +16,7 @@ constexpr uint32_t kTests = 256;            // in vain and in a row, that are no
 Mbarriers& mbarriers_of(Block& block) {
   if (block.mbarriers == nullptr) {
     auto mine = std::make_shared<Mbarriers>();
-    for (uint32_t i = 0; i < check::kCopiers; ++i) mine->copiers[i] = {block.linear, i, 1};
+    for (uint32_t i = 0; i < check::kMbarriers; ++i) mine->copiers[i] = {block.linear, i, 1};
     block.mbarriers = mine.get();
     block.attached.push_back(std::move(mine));
   }
@@ -86,17 +87,23 @@ MbarrierState& mbarrier_at(const uint64_t* address, const char* use, const Where
   MbarrierState* barrier = find_mbarrier(*owner, address);
   if (barrier == nullptr) fail(std::string(use) + " an mbarrier that is not initialised", where);
   if (checked && !knows_initialisation(*current, *barrier)) {
-    fail(std::string(use) + " an mbarrier with no order after its initialisation by " + check::describe(barrier->made) + " (" +
-             check::line_at(barrier->made.site) + ")", where);
+    fail(std::string(use) + " an mbarrier with no order after its initialisation by " + check::describe(barrier->made) +
+             " (" + check::line_at(barrier->made.site) + ")",
+         where);
   }
   return *barrier;
 }
 
 void make_mbarrier(Mbarrier* address, uint32_t count, Where where) {
   Block& block = *current->block;
-  if (reinterpret_cast<uintptr_t>(address) % sizeof(Mbarrier) != 0) fail("an mbarrier at an address that is no multiple of 8", where);
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(Mbarrier) != 0) {
+    fail("an mbarrier at an address that is no multiple of 8", where);
+  }
   if (owner_of(address) != &block) fail("initialises an mbarrier outside this block's shared memory", where);
-  if (count == 0 || count > kMost) fail("an mbarrier of " + std::to_string(count) + " arrivals, 1 to " + std::to_string(kMost) + " are allowed", where);
+  if (count == 0 || count > kMost) {
+    fail("an mbarrier of " + std::to_string(count) + " arrivals, 1 to " + std::to_string(kMost) + " are allowed",
+         where);
+  }
   if (find_mbarrier(block, address) != nullptr) fail("initialises an mbarrier that is initialised", where);
   check::write(address, sizeof(Mbarrier), where);
   *address = 0;
@@ -104,7 +111,7 @@ void make_mbarrier(Mbarrier* address, uint32_t count, Where where) {
   auto barrier = std::make_unique<MbarrierState>();
   barrier->block = &block, barrier->address = address, barrier->expected = barrier->pending = count;
   barrier->users.resize(block.threads.size());
-  barrier->copier = &mine.copiers[mine.made++ % check::kCopiers];
+  barrier->copier = &mine.copiers[mine.made++ % check::kMbarriers];
   barrier->maker = current, barrier->made = now(where);
   check::guard(address, sizeof(Mbarrier), where);
   mine.all.push_back(std::move(barrier));
@@ -112,11 +119,14 @@ void make_mbarrier(Mbarrier* address, uint32_t count, Where where) {
 
 void drop_mbarrier(Mbarrier* address, Where where) {
   MbarrierState& barrier = own_mbarrier(address, "invalidates", where);
-  if (!barrier.waiting.empty()) fail("invalidates an mbarrier that " + name_of(*barrier.waiting.front()) + " waits for", where);
+  if (!barrier.waiting.empty()) {
+    fail("invalidates an mbarrier that " + name_of(*barrier.waiting.front()) + " waits for", where);
+  }
   barrier.users.push_back(barrier.remote_arrival);
   for (const check::Access& user : barrier.users) {
     if (!checked || check::knows(*current, user)) continue;
-    fail("invalidates an mbarrier that " + check::describe(user) + " may still use (" + check::line_at(user.site) + ")", where);
+    fail("invalidates an mbarrier that " + check::describe(user) + " may still use (" + check::line_at(user.site) + ")",
+         where);
   }
   barrier.dropped = true;
   check::unguard(address, sizeof(Mbarrier), where);
@@ -129,7 +139,9 @@ void drop_mbarrier(Mbarrier* address, Where where) {
 
 void add_bytes(MbarrierState& barrier, int64_t bytes, const Where& where) {
   const int64_t all = barrier.bytes + bytes;
-  if (all > kMost || all < -int64_t{kMost}) fail("an mbarrier with " + std::to_string(all) + " bytes to come, the most are " + std::to_string(kMost), where);
+  if (all > kMost || all < -int64_t{kMost}) {
+    fail("an mbarrier with " + std::to_string(all) + " bytes to come, the most are " + std::to_string(kMost), where);
+  }
   barrier.bytes = static_cast<int32_t>(all);
   complete_if_all_came(barrier);
 }
@@ -141,8 +153,11 @@ void change_bytes(Mbarrier* address, int64_t bytes, Where where) {
 }
 
 uint64_t arrive_at_mbarrier(Mbarrier* address, uint32_t count, int64_t bytes, bool remote, Where where) {
-  MbarrierState& barrier = remote ? mbarrier_at(address, "arrives at", where) : own_mbarrier(address, "arrives at", where);
-  if (count == 0 || count > kMost) fail("arrives " + std::to_string(count) + " times, 1 to " + std::to_string(kMost) + " are allowed", where);
+  MbarrierState& barrier =
+      remote ? mbarrier_at(address, "arrives at", where) : own_mbarrier(address, "arrives at", where);
+  if (count == 0 || count > kMost) {
+    fail("arrives " + std::to_string(count) + " times, 1 to " + std::to_string(kMost) + " are allowed", where);
+  }
   if (count > barrier.pending) {
     fail("arrives at an mbarrier too often: of " + std::to_string(barrier.expected) + " arrivals " +
              std::to_string(barrier.pending) + " are pending in phase " + std::to_string(barrier.phase), where);
@@ -209,7 +224,9 @@ void announce_fenced_mbarriers() {
 }
 
 void end_mbarriers(Block& block) {
-  if (const Where* issued = copy_into(block)) fail("its block exits while an asynchronous copy into its shared memory is under way", *issued);
+  if (const Where* issued = copy_into(block)) {
+    fail("its block exits while an asynchronous copy into its shared memory is under way", *issued);
+  }
   if (block.mbarriers == nullptr || !checked) return;
   for (const auto& barrier : block.mbarriers->all) {
     if (!barrier->arrived_remotely || barrier->remote_phase < barrier->observed) continue;
@@ -225,10 +242,10 @@ void describe_mbarriers(const Block& block) {
   if (block.mbarriers == nullptr) return;
   for (const auto& barrier : block.mbarriers->all) {
     barrier->description = "the mbarrier at shared memory's byte " +
-                           std::to_string(reinterpret_cast<std::byte*>(barrier->address) - block.shared) + ", in phase " +
-                           std::to_string(barrier->phase) + " (" + std::to_string(barrier->pending) + " of " +
-                           std::to_string(barrier->expected) + " arrivals and " + std::to_string(barrier->bytes) +
-                           " bytes are missing)";
+                           std::to_string(reinterpret_cast<std::byte*>(barrier->address) - block.shared) +
+                           ", in phase " + std::to_string(barrier->phase) + " (" + std::to_string(barrier->pending) +
+                           " of " + std::to_string(barrier->expected) + " arrivals and " +
+                           std::to_string(barrier->bytes) + " bytes are missing)";
   }
   for (const Thread& thread : block.threads) {
     if (thread.state != State::kDone && thread.waits_on != nullptr) {

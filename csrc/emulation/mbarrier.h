@@ -37,7 +37,7 @@ struct MbarrierState {
 
 struct Mbarriers {
   std::vector<std::unique_ptr<MbarrierState>> all, dropped;
-  std::array<check::Copier, check::kCopiers> copiers;
+  std::array<check::Copier, check::kMbarriers> copiers;
   uint32_t made = 0;
 };
 

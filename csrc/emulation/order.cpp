@@ -109,7 +109,8 @@ bool includes(const Ref<Knowledge>& all, const Ref<Knowledge>& part) {
   if (!part || all == part) return true;
   return all && std::ranges::all_of(part->entries, [&](const Knowledge::Entry& entry) {
     const Clocks* known = all->find(entry.block);
-    return known == entry.clocks.get() || (known != nullptr && std::ranges::equal(known->of, entry.clocks->of, std::greater_equal()));
+    return known == entry.clocks.get() ||
+           (known != nullptr && std::ranges::equal(known->of, entry.clocks->of, std::greater_equal()));
   });
 }
 
@@ -124,7 +125,7 @@ void learn(Thread& thread, const Ref<Knowledge>& knowledge) {
 bool holds(const Knowledge* knowledge, const Access& access) {
   if (access.clock == 0) return true;
   const Clocks* found = knowledge != nullptr ? knowledge->find(access.block) : nullptr;
-  const uint32_t first = access.warp == kCopies ? threads_of_block : access.warp * 32;
+  const uint32_t first = access.warp >= kCopies ? threads_of_block + (access.warp - kCopies) * 32 : access.warp * 32;
   for (uint32_t lanes = access.lanes; lanes != 0; lanes &= lanes - 1) {
     if (found == nullptr || found->of[first + static_cast<uint32_t>(__builtin_ctz(lanes))] < access.clock) return false;
   }
@@ -133,7 +134,7 @@ bool holds(const Knowledge* knowledge, const Access& access) {
 
 bool knows(const Thread& self, const Access& access) {
   if (access.clock == 0) return true;
-  if (access.block != self.block->linear || access.warp == kCopies) return holds(self.knows.get(), access);
+  if (access.block != self.block->linear || access.warp >= kCopies) return holds(self.knows.get(), access);
   for (uint32_t lanes = access.lanes; lanes != 0; lanes &= lanes - 1) {
     const uint32_t number = access.warp * 32 + static_cast<uint32_t>(__builtin_ctz(lanes));
     if (number != self.number && (self.clocks == nullptr || self.clocks[number] < access.clock)) return false;

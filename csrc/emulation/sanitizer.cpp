@@ -92,7 +92,7 @@ struct SourceLocation {
 };
 
 static void undefined(const char* what, const SourceLocation* at) {
-  if (current == nullptr || current->block == nullptr || !checked || suspended) return;
+  if (current == nullptr || current->block == nullptr || suspended) return;
   fail(std::string("undefined behaviour: ") + what + " (" + at->file + ":" + std::to_string(at->line) + ")", Where());
 }
 

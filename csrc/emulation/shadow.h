@@ -13,10 +13,11 @@ namespace fused_ops::emulation::check {
 
 // Accesses of threads of one warp at one clock.
 struct Access {
-  uint32_t block = 0, warp = 0;  // warp kCopies: the block's asynchronous copies, a lane for each mbarrier
+  uint32_t block = 0, warp = 0;  // from kCopies on: the block's asynchronous operations, a lane for each Copier
   uint32_t lanes = 0, clock = 0, site = 0;
 };
-constexpr uint32_t kCopies = 32, kCopiers = 32;
+constexpr uint32_t kCopies = 32, kCopiers = 64;
+constexpr uint32_t kMbarriers = 32;  // Copiers below are mbarriers', those above warps' wgmma
 
 struct Cell {
   uint32_t life = 0;  // of the launch or block it speaks of; otherwise it is empty

@@ -81,8 +81,11 @@ class Backend:
         return extension.emulator_missing or "_emu.so was built without it"
 
     def label(self, tensor: torch.Tensor) -> str:
-        """Its name, and whether it would only be emulated."""
-        return "cuda (emulated)" if extension.EMULATED and self.name == "cuda" and tensor.is_cpu else self.name
+        """Its name, whether it would only be emulated, and if so whether a GPU has confirmed what the emulator does."""
+        if not (extension.EMULATED and self.name == "cuda" and tensor.is_cpu):
+            return self.name
+        known = self.kernel is None or verified.UNCALIBRATED.isdisjoint(self.kernel.sources)
+        return "cuda (emulated)" if known else "cuda (emulated, uncalibrated)"
 
 
 class Choice(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_ops
-from fused_ops.core import dispatch, extension
+from fused_ops.core import dispatch, extension, verified
 from fused_ops.core.dispatch import OPS, use_backend
 from tests.emulation import ROOT, needs_emulator
 from tests.emulation.build import stale
@@ -32,11 +32,18 @@ def test_every_cuda_kernel_is_emulated():
 
 def test_explain_names_it_and_auto_never_takes_it():
     found = fused_ops.explain(fused_ops.gru_cell, *CELL)
-    assert found.chosen == "reference"
+    assert found.chosen in ("cpu", "reference")
     assert found.rows[0] == ("cuda (emulated)", "refused", "is taken by name only")
     with dispatch.record() as choices:
         fused_ops.gru_cell(*CELL)
-    assert [choice.backend for choice in choices] == ["reference"]
+    assert [choice.backend for choice in choices] == [found.chosen]
+
+
+def test_a_kernel_on_instructions_that_no_gpu_has_confirmed_says_so():
+    kernel = verified.Kernel("x.cuda", ("x/x.cuh", "common/wgmma.cuh"))
+    backend = dispatch.Backend("cuda", lambda x: x, kernel=kernel)
+    assert backend.label(torch.ones(1)) == "cuda (emulated, uncalibrated)"
+    assert all((ROOT / "csrc" / name).is_file() for name in verified.UNCALIBRATED)
 
 
 @pytest.mark.parametrize("how", ["backend=", "use_backend", "FUSED_OPS_BACKEND"])

@@ -30,6 +30,8 @@ KERNELS = (
     "-x c++ -include emulation/builtins.h -O1 -fsanitize=thread,undefined --param tsan-instrument-func-entry-exit=0"
     " -fno-sanitize=vptr"
 )
+# More flags of the kernels: "-O0 -g" to step through them.
+EXTRA = os.environ.get("FUSED_OPS_EMULATE_FLAGS", "")
 # The instrumentation calls csrc/emulation/sanitizer.cpp: libtsan and libubsan are not linked.
 NINJA = """\
 language = {language} {includes}
@@ -79,7 +81,13 @@ def _rules(folders: Iterable[Path]) -> str:
     includes = [f"-I{folder}" for folder in (*folders, CSRC / "emulation", CSRC)]
     includes += [f"-isystem {folder}" for folder in (cuda_headers(), *cpp_extension.include_paths())]
     link = " ".join([*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu -lc10 -ldl -lpthread"])
-    return NINJA.format(compiler=COMPILER, language=LANGUAGE, kernels=KERNELS, includes=" ".join(includes), link=link)
+    return NINJA.format(
+        compiler=COMPILER,
+        language=LANGUAGE,
+        kernels=f"{KERNELS} {EXTRA}".strip(),
+        includes=" ".join(includes),
+        link=link,
+    )
 
 
 def _write(path: Path, text: str) -> None:

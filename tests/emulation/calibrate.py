@@ -115,9 +115,39 @@ def _attention() -> Iterator[Case]:
     yield Case("attention", "attention", "", (q, k, v, torch.zeros(33, 64)), bound)
 
 
+def _clusters() -> Iterator[Case]:
+    counts = torch.randint(0, 37, (513,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    yield Case("cluster", "ranks", "", (torch.zeros(4, 4, 4, 2, dtype=torch.int32), 4, 4, 4, 2, 2, 2))
+    yield Case("cluster", "sum", "", (_integers(1001), torch.zeros(2), 16, 8))
+    yield Case("cluster", "histogram", "", (counts, torch.zeros(37, dtype=torch.int32), 5))
+    yield Case("cluster", "pass_on", "", (torch.zeros(8, 32, dtype=torch.int32), 4, 0))
+    yield Case("mbarrier", "ring", "", (_integers(500), torch.zeros(500)))
+    yield Case("mbarrier", "phases", "", (torch.zeros(14, dtype=torch.int32),))
+    yield Case("mbarrier", "all_to_all", "", (torch.zeros(2, 5, 5, dtype=torch.int32), 5, 4))
+    yield Case("mbarrier", "many", "", (torch.zeros(64),))
+
+
+def _bulk_copies() -> Iterator[Case]:
+    """Boxes of 8 rows of a (9, 88) matrix, the innermost dimension first in what describes them to the kernel."""
+    yield Case("bulk_copy", "add_one", "", (_integers(1000), torch.zeros(1000), 128))
+    for tensor in (0, 1):
+        yield Case("bulk_copy", "multicast", f"{tensor}", (_integers(128), torch.zeros(4, 128), 4, tensor))
+    matrix = torch.arange(9 * 88, dtype=torch.float16).view(9, 88)
+    for swizzle, width in enumerate((24, 16, 32, 64)):
+        for at in ((-3, -1), (70, 4)):
+            five = ((88, 9), (1, 88), (width, 8), (1, 1), at)
+            spec = torch.tensor([n for two in five for n in (*two, 0, 0, 0)] + [swizzle, 0])
+            label = f"swizzle {swizzle}, {at}"
+            tile = -1 - torch.arange(8 * width, dtype=torch.float16)
+            yield Case("bulk_copy", "load_half", label, (matrix, torch.zeros(8 * width, dtype=torch.float16), spec, 2))
+            yield Case("bulk_copy", "store_half", label, (tile, matrix, spec, 2))
+
+
 @cache
 def cases() -> tuple[Case, ...]:
-    found = (*_sync(), *_copies(), *_matrices(), *_attention())
+    from tests.emulation.wgmma_cases import wgmma_cases  # which imports this module
+
+    found = (*_sync(), *_copies(), *_matrices(), *_attention(), *_clusters(), *_bulk_copies(), *wgmma_cases())
     assert len({(case.library, case.name) for case in found}) == len(found)
     return found
 
@@ -138,9 +168,10 @@ def write() -> None:
         arrays = {}
         for case in (case for case in cases() if case.library == library):
             before = [a for a in case.arguments if isinstance(a, Tensor)]
-            for when, tensors in (("before", before), ("after", run(case))):
-                for i, tensor in enumerate(tensors):
-                    arrays[f"{case.name}/{when} {i}"] = tensor.contiguous().view(torch.uint8).numpy()
+            for i, (old, new) in enumerate(zip(before, run(case), strict=True)):
+                arrays[f"{case.name}/before {i}"] = old.contiguous().view(torch.uint8).numpy()
+                if not torch.equal(old.view(torch.uint8), new.view(torch.uint8)):  # what is not written is there once
+                    arrays[f"{case.name}/after {i}"] = new.contiguous().view(torch.uint8).numpy()
         numpy.savez_compressed(DATA / f"{library}.npz", **arrays)
 
 
@@ -156,9 +187,8 @@ def _committed(library: str) -> dict[str, numpy.ndarray]:
 def committed(case: Case, when: str) -> list[Tensor]:
     tensors = [a for a in case.arguments if isinstance(a, Tensor)]
     data = _committed(case.library)
-    return [
-        torch.from_numpy(data[f"{case.name}/{when} {i}"].copy()).view(t.dtype).view(t.shape) for i, t in enumerate(tensors)
-    ]
+    arrays = (data.get(f"{case.name}/{when} {i}", data[f"{case.name}/before {i}"]) for i in range(len(tensors)))
+    return [torch.from_numpy(a.copy()).view(t.dtype).view(t.shape) for a, t in zip(arrays, tensors, strict=True)]
 
 
 def with_committed_inputs(case: Case) -> Case:
@@ -188,7 +218,8 @@ def compile_for_device(library: str, architecture: str) -> Path:
     DEVICE_BUILD.mkdir(parents=True, exist_ok=True)
     target = DEVICE_BUILD / f"{library}.{architecture}.so"
     folders = (ROOT / "csrc", kernels.HERE, kernels.HERE / "kernels/device")
-    command = [find_nvcc(), "-std=c++20", "-O3", f"-arch={architecture}", "-shared", "-Xcompiler", "-fPIC"]
+    chip = f"-gencode=arch={architecture.replace('sm', 'compute')},code={architecture}"
+    command = [find_nvcc(), "-std=c++20", "-O3", chip, "-shared", "-Xcompiler", "-fPIC"]
     command += [*(f"-I{folder}" for folder in folders), "-o", str(target), str(kernels.source(library))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -203,7 +234,10 @@ def device_library(library: str) -> ctypes.CDLL:
 
 
 def runs_on_device(case: Case) -> bool:
-    return case.library != "hopper" or torch.cuda.get_device_capability() >= (9, 0)
+    capability = torch.cuda.get_device_capability()
+    if case.library == "wgmma":
+        return capability == (9, 0)
+    return case.library not in ("hopper", "cluster", "mbarrier", "bulk_copy") or capability >= (9, 0)
 
 
 def report(device: bool) -> int:

@@ -1,4 +1,4 @@
-"""How fast the emulator is: `python -m tests.emulation.speed`. The best of several runs, and what issue 3 asks for."""
+"""How fast the emulator is: `python -m tests.emulation.speed`. The best of several runs, beside what is wanted."""
 
 import time
 from collections.abc import Callable

@@ -8,7 +8,8 @@ import torch
 from tests.emulation import kernels
 
 pytestmark = kernels.needs_kernels
-NAMES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat", torch.uint8: "byte", torch.int32: "int"}
+NAMES = dict(float=torch.float32, half=torch.float16, bfloat=torch.bfloat16, byte=torch.uint8, int=torch.int32)
+NAMES = {dtype: name for name, dtype in NAMES.items()}
 ROWS = {0: 1, 1: 2, 2: 4, 3: 8}  # of a swizzle's pattern
 
 
@@ -59,13 +60,20 @@ def test_tiles_pass_through_shared_memory(n, tile):
     assert torch.equal(kernels.every_schedule(run), source + 1)
 
 
-def loaded(tensor, box, at, swizzle=0, fill=0, steps=(), seed=0):
+def loading(tensor, box, at, swizzle=0, fill=0, steps=()):
+    """The arguments of kernels/bulk_copy.cu's load_..., the second of which is its result."""
     count = math.prod(math.ceil(n / (s or 1)) for n, s in zip(box, steps or (1,) * len(box), strict=True))
     out = torch.full((count,), 3, dtype=tensor.dtype)
     spec = specification(tensor, box, at, swizzle, fill, steps)
-    storage = tensor.as_strided((sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1,), (1,))
-    kernels.run("bulk_copy", f"load_{NAMES[tensor.dtype]}", storage, out, spec, tensor.dim(), seed=seed)
-    return out
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    storage = tensor.as_strided((last + 1,), (1,))
+    return storage, out, spec, tensor.dim()
+
+
+def loaded(tensor, *options, seed=0, **more):
+    arguments = loading(tensor, *options, **more)
+    kernels.run("bulk_copy", f"load_{NAMES[tensor.dtype]}", *arguments, seed=seed)
+    return arguments[1]
 
 
 @pytest.mark.parametrize("dtype", NAMES, ids=str)
@@ -121,7 +129,8 @@ def test_what_lies_outside_can_be_nan(dtype):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_boxes_of_one_to_five_dimensions_and_of_every_nth_element(shape, box, at, steps, seed):
     tensor = numbers(*shape)
-    assert torch.equal(loaded(tensor, box, at, steps=steps, seed=seed), box_of(tensor, box, at, 0, steps)[0].reshape(-1))
+    want = box_of(tensor, box, at, 0, steps)[0].reshape(-1)
+    assert torch.equal(loaded(tensor, box, at, steps=steps, seed=seed), want)
 
 
 @pytest.mark.parametrize("dtype", NAMES, ids=str)

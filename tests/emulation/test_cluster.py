@@ -52,10 +52,11 @@ def test_atomics_reach_other_blocks_of_the_cluster(cluster):
     assert torch.equal(kernels.every_schedule(run).long(), torch.bincount(source, minlength=37))
 
 
-def test_work_between_arrival_and_wait():
+@pytest.mark.parametrize("entry", ["pass_on", "pass_on_cooperatively"])
+def test_work_between_arrival_and_wait(entry):
     def run(seed, checked):
         out = torch.full((8, 32), -1, dtype=torch.int32)
-        kernels.run("cluster", "pass_on", out, 4, 0, seed=seed, checked=checked)
+        kernels.run("cluster", entry, out, 4, *([0] if entry == "pass_on" else []), seed=seed, checked=checked)
         return out
 
     want = torch.arange(8 * 32, dtype=torch.int32).view(2, 4, 32).roll(1, 1).view(8, 32)

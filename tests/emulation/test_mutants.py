@@ -16,7 +16,8 @@ pytestmark = needs_kernels
 
 RACE = r"race: (reads|writes|updates) (shared memory|a tensor), byte \d+, which .* with no order between the two"
 IN_FLIGHT = r"reads shared memory, byte \d+, where an asynchronous copy by .* has not been waited for"
-# What is said of each, and the length of the kernel's input where it matters.
+EXITED = r"exited, but block .* waits for it in (__shfl_xor_sync|mma_m16n8k16)|waits for a lane that has exited"
+# What is said of each.
 MUTANTS = {
     "memory/past_shared": r"undefined behaviour: an index past the end of its array",
     "memory/past_dynamic": r"out of bounds: writes 4 bytes .* the end of shared memory of 256 bytes",
@@ -43,11 +44,11 @@ MUTANTS = {
     "barriers/split_warp": r"comes to bar.sync \d where .* is in bar.sync \d",
     "barriers/second_arrival": r"comes again to a barrier of its block that it has arrived at and that is not complete",
     "barriers/arrival_for_wait": RACE,
-    "lanes/divergent_shuffle": r"exited, but block .* waits for it in __shfl_xor_sync|waits for a lane that has exited",
+    "lanes/divergent_shuffle": EXITED,
     "lanes/overlapping_masks": r"with a mask that overlaps another",
     "lanes/outside_the_mask": r"with a mask that leaves this lane out",
     "lanes/source_outside_the_mask": r"__shfl_sync from lane 20, which the mask leaves out",
-    "lanes/shuffle_after_exit": r"exited, but block .* waits for it in __shfl_xor_sync|waits for a lane that has exited",
+    "lanes/shuffle_after_exit": EXITED,
     "lanes/different_collectives": r"comes to __shfl_\w+_sync where .* is in __shfl_\w+_sync",
     "lanes/mask_of_absent_lanes": r"with a mask of lanes that the block does not have",
     "blocks/two_writers": RACE,
@@ -80,18 +81,18 @@ MUTANTS = {
     "matrices/rows_not_written": r"warp 0 lane 17: reads shared memory, byte \d+, which nobody has written",
     "matrices/missing_barrier_before_rows": RACE,
     "matrices/missing_barrier_after_rows": RACE,
-    "matrices/part_of_a_warp": r"exited, but .* waits for it in mma_m16n8k16|mma_m16n8k16 waits for a lane that has exited",
+    "matrices/part_of_a_warp": EXITED,
 }  # fmt: skip
 REFUSED = ("memory/large_dynamic", "blocks/one_block_too_many")  # before there are threads to name
-# Found wherever a thread happens to be.
-LENGTH, OUTPUT = 129, {"memory/past_output": 129}
+# Elements of a kernel's input and output, which some reach the end of.
+INPUT, OUTPUT = 129, {"memory/past_output": 129}
 # A finding takes milliseconds; each line it names is a call of addr2line, on a machine that does other things too.
 SECONDS = 1.0
 
 
 def call(name, fault, seed=0):
     file, entry = name.split("/")
-    x = torch.arange(float(max(LENGTH, 192 if file == "matrices" else 0)))
+    x = torch.arange(float(max(INPUT, 192 if file == "matrices" else 0)))
     out = torch.full((OUTPUT.get(name, 320),), -1.0)
     run(f"mutants/{file}", entry, x, out, torch.zeros(4, dtype=torch.int32), fault, seed=seed)
     return out

@@ -1,9 +1,12 @@
-"""The emulated twins of csrc/common/{sync,async_copy,mma}.cuh: results of small kernels, in several orders of threads."""
+"""The twins of csrc/common/{sync,async_copy,mma}.cuh: small kernels' results, in several orders of threads."""
+
+import re
 
 import pytest
 import torch
 
-from tests.emulation.kernels import every_schedule, needs_kernels, run
+from tests.emulation.kernels import HERE, every_schedule, needs_kernels, run
+from tests.gate import ROOT
 from tests.support import randn
 
 pytestmark = needs_kernels
@@ -157,6 +160,12 @@ def test_mma_rounds_the_exact_sum_once(dtype):
     assert torch.equal(run_into("mma", entry, c, a, b, None), exact.float())
 
 
+def run_into_once(entry, out, a, b):
+    mine = out.clone()
+    run("mma", entry, a, b, mine)
+    return mine
+
+
 def test_mma_takes_special_values():
     values = [0.0, -0.0, 6e-8, -6e-8, 6.1e-5, 65504.0, float("inf"), -float("inf"), float("nan")]
     a, b = torch.zeros(16, 16, dtype=torch.float16), torch.zeros(16, 8, dtype=torch.float16)
@@ -172,12 +181,6 @@ def test_mma_leaves_out_the_lower_bits_of_tf32():
     assert torch.equal(run_into_once("multiply_tf32", zeros, a, b), run_into_once("multiply_tf32", zeros, *cut))
 
 
-def run_into_once(entry, out, a, b):
-    mine = out.clone()
-    run("mma", entry, a, b, mine)
-    return mine
-
-
 def test_tf32_is_rounded_to_nearest_ties_away():
     x = torch.cat([randn(1000), torch.tensor([1 + 2**-11, -1 - 2**-11, 1 + 2**-11 - 2**-23, 0.0, 3e-39])])
     out = run_into("mma", "round_tf32", torch.empty(len(x), dtype=torch.int32), x, None)
@@ -185,3 +188,20 @@ def test_tf32_is_rounded_to_nearest_ties_away():
     special = torch.tensor([float("inf"), -float("inf"), float("nan")])
     out = run_into("mma", "round_tf32", torch.empty(3, dtype=torch.int32), special, None).view(torch.float32)
     assert torch.equal(out[:2], special[:2]) and out[2].isnan()
+
+
+@pytest.mark.parametrize("header", ("sync", "async_copy", "mma"))
+def test_every_wrapper_names_its_section_and_is_assembled(header):
+    """A kernel here uses each, so that the gate has ptxas assemble it; the twin names its section too."""
+    real, twin = ((ROOT / folder / f"{header}.cuh").read_text() for folder in ("csrc/common", "csrc/emulation/common"))
+    real = real.rpartition("// namespace detail")[2]
+    names = set(re.findall(r"^__device__ inline \w+ (\w+)\(", real, re.M))
+    names |= set(re.findall(r"^FUSED_OPS_\w+\((\w+), \"", real, re.M))
+    sources = [path.read_text() for path in sorted(HERE.glob("kernels/*.cu"))]
+    for name in names:
+        used = rf"\b{name}\b|\b(?:LOAD|STORE)\({name.partition('_')[2]}," if "matrix" in name else rf"\b{name}\b"
+        assert any(re.search(used, source) for source in sources), f"no kernel uses {name}"
+    sections = set(re.findall(r'^// "([\w{}., /]+)"', real, re.M)) | set(
+        re.findall(r'^// "\w+" and "(\w+)"', real, re.M)
+    )
+    assert names and sections and all(f'"{section}"' in twin for section in sections), sections

@@ -1,6 +1,6 @@
-// The twin of csrc/common/bulk_copy.cuh. Sections named are of the PTX ISA. A copy is made as late as a wait allows (with
-// a seed other than 0, at some time before), of what the source holds by then; from its issue until the wait that covers
-// it nobody may touch where it goes or write what it reads.
+// The twin of csrc/common/bulk_copy.cuh. Sections named are of the PTX ISA. A copy is made as late as a wait allows
+// (with a seed other than 0, at some time before), of what the source holds by then; from its issue until the wait that
+// covers it nobody may touch where it goes or write what it reads.
 #pragma once
 
 #include <array>
@@ -80,8 +80,8 @@ void tensor_load(void* shared, const TensorMap& map, Mbarrier* barrier, const in
   emulation::tensor_to_shared(shared, map, barrier, all, kRank, emulation::kThisBlock, where);
 }
 template <size_t kRank>
-void tensor_load_multicast(void* shared, const TensorMap& map, Mbarrier* barrier, const int (&at)[kRank], uint16_t blocks,
-                           emulation::Where where = emulation::Where::current()) {
+void tensor_load_multicast(void* shared, const TensorMap& map, Mbarrier* barrier, const int (&at)[kRank],
+                           uint16_t blocks, emulation::Where where = emulation::Where::current()) {
   std::array<int, 5> all{};
   std::copy(at, at + kRank, all.begin());
   emulation::tensor_to_shared(shared, map, barrier, all, kRank, blocks, where);

@@ -1,5 +1,5 @@
-// The twin of csrc/common/cluster.cuh. Sections named are of the PTX ISA. A pointer to another block's shared memory is a
-// pointer like any other; the checker knows whose it is.
+// The twin of csrc/common/cluster.cuh. Sections named are of the PTX ISA. A pointer to another block's shared memory is
+// a pointer like any other; the checker knows whose it is.
 #pragma once
 
 #include "emulation/runtime.h"

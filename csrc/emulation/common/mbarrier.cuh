@@ -51,7 +51,8 @@ inline void mbarrier_arrive_expect_tx_remote(Mbarrier* barrier, uint32_t bytes,
                                              emulation::Where where = emulation::Where::current()) {
   emulation::arrive_at_mbarrier(barrier, 1, bytes, true, where);
 }
-inline void mbarrier_expect_tx(Mbarrier* barrier, uint32_t bytes, emulation::Where where = emulation::Where::current()) {
+inline void mbarrier_expect_tx(Mbarrier* barrier, uint32_t bytes,
+                               emulation::Where where = emulation::Where::current()) {
   emulation::change_bytes(barrier, bytes, where);
 }
 inline void mbarrier_complete_tx(Mbarrier* barrier, uint32_t bytes,

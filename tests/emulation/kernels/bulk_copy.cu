@@ -31,7 +31,9 @@ __global__ void add_one_kernel(const float* in, float* out, int n, int tile) {
     if (threadIdx.x == 0) bulk_wait_read<0>();  // the next stage has been read
     load(turn + 1);
     mbarrier_wait(full + stage, static_cast<unsigned>(turn / 2 % 2));
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) stages[stage * tile + i] += 1;
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
+      stages[stage * tile + i] += 1;
+    }
     fence_proxy_async();
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -88,7 +90,8 @@ __device__ void copy_box(const TensorMap& map, const T* in, T* out, int count, C
 
 // Load: out = the box of the tensor `map` at `at`, as shared memory holds it. Store: that box = in.
 template <typename T, int kRank>
-__global__ void box_kernel(const __grid_constant__ TensorMap map, const T* in, T* out, int count, Coordinates at, bool load) {
+__global__ void box_kernel(const __grid_constant__ TensorMap map, const T* in, T* out, int count, Coordinates at,
+                           bool load) {
   copy_box<T, kRank>(map, in, out, count, at, load);
 }
 
@@ -103,7 +106,8 @@ void launch_box(const T* tensor, const T* in, T* out, int64_t count, const int64
     steps[i] = static_cast<uint32_t>(spec[15 + i]), at.of[i] = static_cast<int>(spec[20 + i]);
     if (i > 0) strides[i - 1] = static_cast<uint64_t>(spec[5 + i]) * sizeof(T);
   }
-  const auto map = make_tensor_map<T, kRank>(tensor, sizes, strides, box, static_cast<Swizzle>(spec[25]), static_cast<Fill>(spec[26]), steps);
+  const auto map = make_tensor_map<T, kRank>(tensor, sizes, strides, box, static_cast<Swizzle>(spec[25]),
+                                             static_cast<Fill>(spec[26]), steps);
   launch(box_kernel<T, kRank>, kOne, dim3(32), kOne, static_cast<size_t>(count) * sizeof(T), nullptr, map, in, out,
          static_cast<int>(count), at, load);
 }
@@ -141,7 +145,8 @@ BOX(byte, uint8_t)
 BOX(int, int32_t)
 
 // Each block of a cluster loads its share of a row and sends it to all: out[block] = the whole row.
-__global__ void multicast_kernel(const __grid_constant__ TensorMap map, const float* in, float* out, int share, bool tensor) {
+__global__ void multicast_kernel(const __grid_constant__ TensorMap map, const float* in, float* out, int share,
+                                 bool tensor) {
   float* row = dynamic_shared<float>();
   SHARED(Mbarrier, full, 1);
   const auto rank = static_cast<int>(cluster_rank()), size = static_cast<int>(cluster_size());

@@ -10,7 +10,9 @@ using namespace fused_ops::test;
 // out = rank and size of every block's cluster.
 __global__ void ranks_kernel(int* out) {
   const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
-  if (threadIdx.x == 0) out[2 * block] = static_cast<int>(cluster_rank()), out[2 * block + 1] = static_cast<int>(cluster_size());
+  if (threadIdx.x == 0) {
+    out[2 * block] = static_cast<int>(cluster_rank()), out[2 * block + 1] = static_cast<int>(cluster_size());
+  }
 }
 
 FUSED_OPS_TEST ranks(int* out, int64_t n, int64_t x, int64_t y, int64_t z, int64_t cx, int64_t cy, int64_t cz) {
@@ -27,7 +29,8 @@ FUSED_OPS_TEST ranks(int* out, int64_t n, int64_t x, int64_t y, int64_t z, int64
 __global__ void sum_kernel(const float* in, float* out, int n) {
   SHARED(float, parts, 64);
   SHARED(float, total, 1);
-  const auto block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x), thread = static_cast<int>(threadIdx.x);
+  const auto block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x),
+             thread = static_cast<int>(threadIdx.x);
   float mine = 0;
   for (int i = block * 64 + thread; i < n; i += blocks * 64) mine += in[i];
   parts[thread] = mine;
@@ -49,8 +52,8 @@ FUSED_OPS_TEST sum(const float* in, int64_t n, float* out, int64_t m, int64_t bl
   return tell([&] {
     const Array<const float> from(in, n);
     const Array<float> to(out, m);
-    launch(sum_kernel, dim3(static_cast<unsigned>(blocks)), dim3(64), dim3(static_cast<unsigned>(cluster)), 0, nullptr, from,
-           to, static_cast<int>(n));
+    launch(sum_kernel, dim3(static_cast<unsigned>(blocks)), dim3(64), dim3(static_cast<unsigned>(cluster)), 0, nullptr,
+           from, to, static_cast<int>(n));
   });
 }
 
@@ -72,8 +75,9 @@ FUSED_OPS_TEST histogram(const int* in, int64_t n, int* out, int64_t bins, int64
     const Array<const int> from(in, n);
     const Array<int> to(out, bins);
     const dim3 blocks(static_cast<unsigned>(cluster));
-    launch(histogram_kernel, blocks, dim3(64), blocks, static_cast<size_t>((bins + cluster - 1) / cluster) * sizeof(int),
-           nullptr, from, to, static_cast<int>(n), static_cast<int>(bins));
+    launch(histogram_kernel, blocks, dim3(64), blocks,
+           static_cast<size_t>((bins + cluster - 1) / cluster) * sizeof(int), nullptr, from, to, static_cast<int>(n),
+           static_cast<int>(bins));
   });
 }
 
@@ -94,8 +98,16 @@ __global__ void pass_on_kernel(int* out, bool relaxed) {
 FUSED_OPS_TEST pass_on(int* out, int64_t n, int64_t cluster, int64_t relaxed) {
   return tell([&] {
     const Array<int> to(out, n);
-    launch(pass_on_kernel, dim3(static_cast<unsigned>(n / 32)), dim3(32), dim3(static_cast<unsigned>(cluster)), 0, nullptr, to,
-           relaxed != 0);
+    launch(pass_on_kernel, dim3(static_cast<unsigned>(n / 32)), dim3(32), dim3(static_cast<unsigned>(cluster)), 0,
+           nullptr, to, relaxed != 0);
+  });
+}
+
+FUSED_OPS_TEST pass_on_cooperatively(int* out, int64_t n, int64_t cluster) {
+  return tell([&] {
+    const Array<int> to(out, n);
+    launch_cooperative(pass_on_kernel, dim3(static_cast<unsigned>(n / 32)), dim3(32), dim3(static_cast<unsigned>(cluster)),
+                       0, nullptr, to, false);
   });
 }
 

@@ -117,8 +117,8 @@ __global__ void all_to_all_kernel(int* out, int turns) {
 FUSED_OPS_TEST all_to_all(int* out, int64_t n, int64_t cluster, int64_t turns) {
   return tell([&] {
     const Array<int> to(out, n);
-    launch(all_to_all_kernel, dim3(static_cast<unsigned>(n / cluster)), dim3(32), dim3(static_cast<unsigned>(cluster)), 0,
-           nullptr, to, static_cast<int>(turns));
+    launch(all_to_all_kernel, dim3(static_cast<unsigned>(n / cluster)), dim3(32), dim3(static_cast<unsigned>(cluster)),
+           0, nullptr, to, static_cast<int>(turns));
   });
 }
 
