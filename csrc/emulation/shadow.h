@@ -30,7 +30,7 @@ struct Cell {
 // Memory that may be touched.
 struct Range {
   uintptr_t start = 0, end = 0;
-  uint32_t unit_bits = 1, life = 0;
+  uint32_t unit_bits = 0, life = 0;  // shared memory is remembered byte by byte
   bool writable = true;
   std::unique_ptr<Cell, void (*)(void*)> cells{nullptr, std::free};  // zeroed, one a unit
 
@@ -40,7 +40,6 @@ struct Range {
     cells.reset(static_cast<Cell*>(std::calloc(count, sizeof(Cell))));
   }
 };
-
 
 extern std::vector<std::vector<Access>> readers;
 extern uint32_t threads_of_block;

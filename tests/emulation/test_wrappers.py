@@ -31,6 +31,16 @@ def run_into(name, entry, out, *arguments):
     return every_schedule(call)
 
 
+def test_a_barrier_orders_shared_memory():
+    x = randn(200)
+    assert torch.equal(run_into("basics", "reverse", torch.empty(200), x, None, 1), x.flip(0))
+
+
+def test_neighbouring_bytes_are_no_race():
+    x = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(run_into("basics", "bytes", torch.empty(256, dtype=torch.uint8), x, None), x ^ 1)
+
+
 @pytest.mark.parametrize("rows", (1, 2, 3, 8, 21))
 def test_counted_barriers_pass_buffers_between_warps(rows):
     x = integers(rows, 32)

@@ -18,3 +18,19 @@ FUSED_OPS_TEST reverse(const float* in, int64_t n, float* out, int64_t, int64_t 
     launch(reverse_kernel, kOne, dim3(static_cast<unsigned>(n)), kOne, 0, nullptr, from, to, static_cast<int>(n), waits != 0);
   });
 }
+
+// Neighbouring bytes are nobody's business but their own thread's.
+__global__ void bytes_kernel(const uint8_t* in, uint8_t* out) {
+  SHARED(uint8_t, tile, 256);
+  tile[threadIdx.x] = in[threadIdx.x];
+  __syncwarp();
+  out[threadIdx.x] = tile[threadIdx.x ^ 1];
+}
+
+FUSED_OPS_TEST bytes(const uint8_t* in, int64_t n, uint8_t* out, int64_t) {
+  return tell([&] {
+    const Array<const uint8_t> from(in, n);
+    const Array<uint8_t> to(out, n);
+    launch(bytes_kernel, kOne, dim3(static_cast<unsigned>(n)), kOne, 0, nullptr, from, to);
+  });
+}
