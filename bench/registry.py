@@ -111,8 +111,9 @@ def convolution(batch: int, cin: int, cout: int, size: int, kernel: int, groups:
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1}
 
 
-def recurrent(op: str, batch: int, hidden: int, steps: int = 64, ragged: bool = False):
-    """One layer, I = H, input projection included; ragged: lengths evenly from T to T/2, PyTorch's packed."""
+def recurrent(op: str, batch: int, hidden: int, steps: int = 64, ragged: bool = False, backward: bool = False):
+    """One layer, I = H, input projection included; ragged: lengths evenly from T to T/2, PyTorch's packed; backward:
+    a forward and the gradients of x and all parameters."""
 
     def build(device, dtype):
         x = randn(steps, batch, hidden, dtype=dtype, device=device)
@@ -132,16 +133,32 @@ def recurrent(op: str, batch: int, hidden: int, steps: int = 64, ragged: bool = 
             data = pack_padded_sequence(x, lengths)
             return theirs(data.data, data.batch_sizes, hx, *settings)
 
-        peers = {"packed": packed} if ragged else {"torch": lambda: theirs(x, hx, *settings, False)}
+        def padded():
+            return ours(x, hx, *settings, False, lengths=on_device)
+
+        rival, name = (packed, "packed") if ragged else (lambda: theirs(x, hx, *settings, False), "torch")
+        if backward:
+            seed = torch.randn_like(x)
+            leaves = [t.requires_grad_() for t in (x, *params)]
+            padded = _differentiated(padded, leaves, seed)
+            rival = _differentiated(rival, leaves, pack_padded_sequence(seed, lengths).data if ragged else seed)
         tokens = int(lengths.sum()) if ragged else steps * batch
         return Case(
-            {"ours": lambda: ours(x, hx, *settings, False, lengths=on_device)},
-            peers,
-            4.0 * tokens * gates * hidden * hidden,
-            2 * _bytes(x) + _bytes(*params),
+            {"ours": padded},
+            {name: rival},
+            (12.0 if backward else 4.0) * tokens * gates * hidden * hidden,
+            (4 if backward else 2) * _bytes(x) + (2 if backward else 1) * _bytes(*params),
         )
 
     return build
+
+
+def _differentiated(forward: Callable, leaves: list[Tensor], seed: Tensor) -> Callable[[], object]:
+    @torch.enable_grad()
+    def call():
+        return torch.autograd.grad(forward()[0], leaves, seed)
+
+    return call
 
 
 def cell(op: str, batch: int, hidden: int):
@@ -168,6 +185,13 @@ def cell(op: str, batch: int, hidden: int):
 _HALF = (torch.float16, torch.bfloat16)
 _CPU, _CUDA = ("cpu",), ("cuda",)
 
+_RECURRENT = tuple(
+    Row(op, f"B={batch} H={hidden} T=64{what}", recurrent(op, batch, hidden, backward=bool(what)), devices=_CPU)
+    for op in ("gru", "rnn_tanh", "lstm")
+    for batch, hidden in ((1, 64), (8, 128), (32, 512))
+    for what in ("", ", forward+backward")
+)
+
 ROWS = (
     Row("scaled_dot_product_attention", "1×1×4×8 (call overhead)", attention(1, 1, 4, 8), devices=_CPU),
     Row("scaled_dot_product_attention", "4×12×128×32", attention(4, 12, 128, 32), devices=_CPU),
@@ -185,13 +209,10 @@ ROWS = (
     Row("conv2d", "3×3 depthwise 2×144 at 56², BN, ReLU6", convolution(2, 144, 144, 56, 3, 144, "relu6"), devices=_CPU),
     Row("conv2d", "1×1 64×64→256 at 56², BN, ReLU", convolution(64, 64, 256, 56, 1), _HALF, _CUDA),
     Row("conv2d", "3×3 depthwise 128×384 at 28², ReLU6", convolution(128, 384, 384, 28, 3, 384, "relu6"), _HALF, _CUDA),
-    Row("gru", "B=1 H=64 T=64", recurrent("gru", 1, 64), devices=_CPU),
-    Row("gru", "B=8 H=128 T=64", recurrent("gru", 8, 128), devices=_CPU),
-    Row("gru", "B=32 H=512 T=64", recurrent("gru", 32, 512), devices=_CPU),
+    *_RECURRENT,
     Row("gru", "B=32 H=256 T=64 ragged", recurrent("gru", 32, 256, ragged=True), devices=_CPU),
-    Row("lstm", "B=8 H=128 T=64", recurrent("lstm", 8, 128), devices=_CPU),
-    Row("lstm", "B=16 H=64 T=128 ragged", recurrent("lstm", 16, 64, 128, ragged=True), devices=_CPU),
-    Row("rnn_tanh", "B=8 H=128 T=64", recurrent("rnn_tanh", 8, 128), devices=_CPU),
+    Row("lstm", "B=16 H=64 T=500 ragged", recurrent("lstm", 16, 64, 500, True), devices=_CPU),
+    Row("lstm", "B=16 H=64 T=500 ragged, forward+backward", recurrent("lstm", 16, 64, 500, True, True), devices=_CPU),
     Row("gru_cell", "B=256 H=256", cell("gru_cell", 256, 256)),
     Row("lstm_cell", "B=256 H=256", cell("lstm_cell", 256, 256)),
 )  # fmt: skip

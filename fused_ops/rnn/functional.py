@@ -15,7 +15,14 @@ from fused_ops.rnn.reference import Static, Tensors
 # What auto knows of the C++ kernels' speed is in bench/results/cpu/rnn_cpu.json, measured with AVX-512.
 _VECTORISED = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 _NOT_MEASURED = "is slower than torch's GEMM without AVX2"
-_TOO_SHORT = "packs its weights in every call, too much for so few steps (bench/results/cpu/rnn_cpu.json)"
+_TOO_SHORT = (
+    "is bitwise independent of the batch, but packs its weights in every call: too much for so few steps"
+    " (bench/results/cpu/rnn_cpu.json)"
+)
+_MANY_ROWS = (
+    "is bitwise independent of the batch, but no faster than oneDNN's forward for so many rows"
+    " (bench/results/cpu/rnn_cpu.json)"
+)
 
 
 def _differentiates(*tensors: Tensor | None) -> bool:
@@ -31,7 +38,19 @@ def _cpu_supports(tensors: Tensors, params: tuple, static: Static, dropout: floa
 
 
 def _cpu_worthwhile(tensors: Tensors, params: tuple, static: Static, dropout: float) -> str | None:
-    return None
+    if not _VECTORISED:
+        return _NOT_MEASURED
+    if torch.compiler.is_compiling():  # no guard on a size; a compiled reference runs forward again in its backward
+        return None
+    batch, hidden = tensors.h0.shape[1:]
+    time = (tensors.input if tensors.batch_sizes is None else tensors.batch_sizes).size(0)
+    if static.is_lstm:
+        plain = tensors.lengths is tensors.resets is tensors.batch_sizes is None and not static.all_states
+        if plain and batch >= 32 and not _differentiates(tensors.input, tensors.h0, tensors.c0, *params):
+            return _MANY_ROWS
+        return None if time >= 8 or batch <= 8 else _TOO_SHORT
+    enough = time >= max(8, hidden // 32) or (time >= 4 and batch >= max(8, hidden // 16))
+    return None if enough else _TOO_SHORT
 
 
 def _cell_cpu_supports(input, *rest) -> str | None:
@@ -39,7 +58,10 @@ def _cell_cpu_supports(input, *rest) -> str | None:
 
 
 def _cell_cpu_worthwhile(input, *rest) -> str | None:
-    return None
+    if not _VECTORISED:
+        return _NOT_MEASURED
+    enough = input.size(0) >= 256 and rest[0].size(1) >= 64 and not _differentiates(input, *rest)
+    return None if enough else _TOO_SHORT
 
 
 def _gpu_cell_supports(input, *rest) -> str | None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from fused_ops.core.autograd import reference_gradient, with_reference_gradient
+from fused_ops.core.autograd import distinct, gradients, reference_gradient, with_reference_gradient
 from fused_ops.core.device import TRITON_KEYS
 from fused_ops.core.errors import ArgumentError
 from fused_ops.core.library import define
@@ -61,72 +61,144 @@ def _reference_forward(*call):
 _opaque = with_reference_gradient(_reference_forward, rnn_bwd_reference, reference.sequence)
 
 
+def _with_masks(tensors: Tensors, static: Static, dropout: float) -> Tensors:
+    if dropout == 0.0:
+        return tensors
+    width = tensors.h0.size(-1) * static.directions
+    return tensors._replace(masks=reference.dropout_masks(tensors.input, width, static.num_layers, dropout))
+
+
 def sequence_reference(tensors: Tensors, params: tuple, static: Static, dropout: float):
-    if dropout > 0.0:
-        width = tensors.h0.size(-1) * static.directions
-        tensors = tensors._replace(masks=reference.dropout_masks(tensors.input, width, static.num_layers, dropout))
+    tensors = _with_masks(tensors, static, dropout)
     if torch.compiler.is_compiling():
         return _opaque((*tensors, *params), tuple(static))
     return reference.sequence(*tensors, *params, *static)
 
 
-def _gru_fwd_cpu_fake(input, h0, lengths, batch_sizes, params, has_biases, bidirectional):
+# What both directions of the C++ sequences take: the tensors of a call, and how to read them.
+_CPU_CALL = (
+    "Tensor input, Tensor h0, Tensor? c0, Tensor? lengths, Tensor? resets, Tensor? batch_sizes, Tensor? masks,"
+    " Tensor[] params"
+)
+_CPU_STATIC = "str mode, bool has_biases, bool bidirectional"
+
+
+def _rnn_fwd_cpu_fake(
+    input, h0, c0, lengths, resets, batch_sizes, masks, params, mode, biases, bidirectional, keep_states, keep_gates
+):
     directions = 2 if bidirectional else 1
-    return input.new_empty(*input.shape[:-1], directions * h0.size(-1)), torch.empty_like(
-        h0, memory_format=torch.contiguous_format
+    cells, _, hidden = h0.shape
+    places = input.shape[:-1]
+    output = (*places, directions * hidden)
+    lstm, gated = mode == "lstm", mode in ("gru", "lstm")
+    return (
+        input.new_empty(output),
+        input.new_empty(h0.shape),
+        input.new_empty(h0.shape if lstm else 0),
+        input.new_empty((cells // directions - 1, *output) if keep_states else 0),
+        input.new_empty((cells, *places, hidden) if lstm and keep_states else 0),
+        input.new_empty((cells, *places, 4, hidden) if gated and keep_gates else 0),
     )
 
 
+# inner: the outputs of all layers but the last. kept: what each step's gates were.
 define(
-    "gru_fwd_cpu(Tensor input, Tensor h0, Tensor? lengths, Tensor? batch_sizes, Tensor[] params, bool has_biases,"
-    " bool bidirectional) -> (Tensor output, Tensor h_n)",
-    _gru_fwd_cpu_fake,
+    f"rnn_fwd_cpu({_CPU_CALL}, {_CPU_STATIC}, bool keep_states, bool keep_gates)"
+    " -> (Tensor output, Tensor h_n, Tensor c_n, Tensor inner, Tensor c_all, Tensor kept)",
+    _rnn_fwd_cpu_fake,
 )
 
 
-def _gru_cpu_forward(*call):
+def _rnn_bwd_cpu_fake(
+    grad_output, grad_h_n, grad_c_n, grad_h_all, grad_c_all, input, h0, c0, lengths, resets, batch_sizes, masks, params,
+    output, inner, c_all, kept, mode, has_biases, bidirectional, need_input, need_params,
+):  # fmt: skip
+    return [
+        input.new_empty(input.shape if need_input else 0),
+        input.new_empty(h0.shape),
+        input.new_empty(h0.shape if mode == "lstm" else 0),
+        *(input.new_empty(param.shape) for param in (params if need_params else ())),
+    ]
+
+
+# The derivatives by input, h0, c0 and, if need_params, each of params.
+define(
+    "rnn_bwd_cpu(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_h_all, Tensor? grad_c_all,"
+    f" {_CPU_CALL}, Tensor output, Tensor inner, Tensor c_all, Tensor kept, {_CPU_STATIC}, bool need_input,"
+    " bool need_params) -> Tensor[]",
+    _rnn_bwd_cpu_fake,
+)
+
+
+def _cpu_forward(call, keep: bool) -> tuple[tuple, tuple]:
+    """What the public function returns of a flat call, and what its backward needs beside the call."""
     tensors, params, static = split(call)
-    return ops.gru_fwd_cpu(
-        tensors.input,
-        tensors.h0,
-        tensors.lengths,
-        tensors.batch_sizes,
-        list(params),
-        static.has_biases,
-        static.bidirectional,
-    )
+    how = (static.mode, static.has_biases, static.bidirectional, keep or static.all_states, keep)
+    output, h_n, c_n, inner, c_all, kept = ops.rnn_fwd_cpu(*tensors, list(params), *how)
+    found = (output, h_n, c_n) if static.is_lstm else (output, h_n)
+    if static.all_states:
+        outputs = torch.cat((inner, output[None])).unflatten(-1, (static.directions, -1))
+        h_all = outputs.movedim(-2, 1).flatten(0, 1)
+        found = (*found, h_all, c_all) if static.is_lstm else (*found, h_all)
+    return found, (output, inner, c_all, kept)
 
 
-_gru_cpu = with_reference_gradient(_gru_cpu_forward, rnn_bwd_reference, reference.sequence)
+class _CpuSequence(torch.autograd.Function):
+    """Forward and backward by hand; the second derivative is the reference's."""
+
+    @staticmethod
+    def forward(ctx, static, *inputs):
+        found, saved = _cpu_forward((*inputs, *static), keep=True)
+        ctx.static = static
+        ctx.save_for_backward(*inputs, *saved)
+        ctx.set_materialize_grads(False)
+        return found
+
+    @staticmethod
+    def backward(ctx, *grads):
+        *inputs, output, inner, c_all, kept = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:]
+        call = (*inputs, *ctx.static)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # only under create_graph=True
+            return None, *gradients(reference.sequence(*call), inputs, needs, grads, create_graph=True)
+        if all(grad is None for grad in grads):
+            return None, *[None for _ in needs]
+        tensors, params, static = split(call)
+        grad_output, grad_h_n, *rest = grads
+        grad_c_n = rest.pop(0) if static.is_lstm else None
+        grad_h_all, grad_c_all = (*rest, None, None)[:2]
+        head = len(tensors)
+        found = ops.rnn_bwd_cpu(
+            grad_output, grad_h_n, grad_c_n, grad_h_all, grad_c_all, *tensors, list(params), output, inner, c_all, kept,
+            static.mode, static.has_biases, static.bidirectional, needs[0], any(needs[head:]),
+        )  # fmt: skip
+        every = (*found[:3], *[None for _ in range(head - 3)], *(found[3:] or [None for _ in params]))
+        return None, *[grad if need else None for grad, need in zip(every, needs, strict=True)]
 
 
-def gru_cpu(tensors: Tensors, params: tuple, static: Static, dropout: float):
-    return _gru_cpu((*tensors, *params), tuple(static))
+def sequence_cpu(tensors: Tensors, params: tuple, static: Static, dropout: float):
+    tensors = _with_masks(tensors, static, dropout)
+    inputs = (*tensors, *params)
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs]):
+        return _CpuSequence.apply(tuple(static), *(distinct(inputs) if torch.compiler.is_compiling() else inputs))
+    return _cpu_forward((*inputs, *static), keep=False)[0]
+
+
+def _cell_cpu(mode: str):
+    """A cell is a sequence of one step."""
+
+    def cell(input, *rest):
+        *states, w_ih, w_hh, b_ih, b_hh = rest
+        static = Static(mode, b_ih is not None)
+        params = (w_ih, w_hh) if b_ih is None else (w_ih, w_hh, b_ih, b_hh)
+        _, *found = sequence_cpu(Tensors(input[None], *(state[None] for state in states)), params, static, 0.0)
+        return tuple(state[0] for state in found) if len(states) == 2 else found[0][0]
+
+    return cell
 
 
 def _like(state: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(state, memory_format=torch.contiguous_format)
-
-
-define(
-    "gru_cell_fwd_cpu(Tensor input, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh) -> Tensor",
-    lambda input, h, w_ih, w_hh, b_ih, b_hh: _like(h),
-)
-
-
-def _cell_maths(input, h, w_ih, w_hh, b_ih, b_hh):
-    return (reference.gru_cell(input, h, w_ih, w_hh, b_ih, b_hh),)
-
-
-_gru_cell_cpu = with_reference_gradient(
-    lambda *inputs: (ops.gru_cell_fwd_cpu(*inputs),),
-    reference_gradient("gru_cell_bwd_reference", "", _cell_maths),
-    _cell_maths,
-)
-
-
-def gru_cell_cpu(*inputs):
-    return _gru_cell_cpu(inputs, ())[0]
 
 
 # The pointwise half of a cell on a GPU: gi = W_ih·x + b_ih and gh = W_hh·h + b_hh are torch's.
@@ -195,3 +267,4 @@ def _cells(backend: str) -> tuple:
 
 
 CELLS = {backend: _cells(backend) for backend in ("triton", "cuda")}
+CPU_CELLS = tuple(_cell_cpu(mode) for mode in ("rnn_tanh", "rnn_relu", "gru", "lstm"))

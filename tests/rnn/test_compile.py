@@ -9,7 +9,7 @@ from torch.library import opcheck
 import fused_ops
 from fused_ops.core.device import TRITON_INTERPRETED
 from fused_ops.rnn import op, reference
-from tests.rnn.common import Case
+from tests.rnn.common import MODES, Case
 from tests.support import randn
 
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -126,23 +126,35 @@ def test_opcheck_of_the_reference_ops():
         opcheck(op.rnn_bwd_reference, (grads, inputs, needs, *static), test_utils=OPCHECKS)
 
 
-@pytest.mark.parametrize("packed", (False, True))
-def test_opcheck_of_gru_fwd_cpu(packed):
-    case = Case("gru", layers=2, bidirectional=True, dtype=torch.float32)
-    x, h0, *params = case.tensors()
-    x, lengths, sizes = (
-        (torch.randn(6, 4), None, torch.tensor([3, 2, 1])) if packed else (x, torch.tensor([5, 0, 2]), None)
-    )
-    call = (x, h0, lengths, sizes, params, True, True)
-    opcheck(torch.ops.fused_ops.gru_fwd_cpu.default, call, test_utils=OPCHECKS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("what", ("packed", "lengths", "everything"))
+def test_opcheck_of_the_cpu_ops(mode, what):
+    case = Case(mode, layers=2, bidirectional=True, dtype=torch.float32)
+    x, *tensors = case.tensors()
+    h0, c0 = tensors[:2] if mode == "lstm" else (tensors[0], None)
+    params = tensors[2 if mode == "lstm" else 1 :]
+    lengths, resets, sizes, masks = torch.tensor([5, 0, 2]), None, None, None
+    if what == "packed":
+        x, lengths, sizes = torch.randn(6, 4), None, torch.tensor([3, 2, 1])
+    elif what == "everything":
+        resets, masks = torch.arange(15).reshape(5, 3) % 4 == 0, torch.rand(1, 5, 3, 12)
+    call = (x, h0, c0, lengths, resets, sizes, masks, params)
+    static = (mode, True, True)
+    for keep_states, keep_gates in ((False, False), (True, False), (True, True)):
+        arguments = (*call, *static, keep_states, keep_gates)
+        opcheck(torch.ops.fused_ops.rnn_fwd_cpu.default, arguments, test_utils=OPCHECKS)
+    output, h_n, c_n, *saved = torch.ops.fused_ops.rnn_fwd_cpu(*arguments)
+    states = (torch.randn_like(h_n), torch.randn_like(c_n) if mode == "lstm" else None)
+    every = [torch.randn(4, *x.shape[:-1], 6) if wanted else None for wanted in (True, mode == "lstm")]
+    for grads, needs in (
+        ((torch.randn_like(output), *states, *every), (True, True)),
+        ((None, *states, None, None), (False, False)),
+    ):
+        arguments = (*grads, *call, output, *saved, *static, *needs)
+        opcheck(torch.ops.fused_ops.rnn_bwd_cpu.default, arguments, test_utils=OPCHECKS)
 
 
 def test_opcheck_of_the_cell_ops():
-    x, h, w_ih, w_hh, b = randn(3, 5), randn(3, 7), randn(21, 5), randn(21, 7), randn(21)
-    opcheck(torch.ops.fused_ops.gru_cell_fwd_cpu.default, (x, h, w_ih, w_hh, b, b * 2), test_utils=OPCHECKS)
-    opcheck(torch.ops.fused_ops.gru_cell_fwd_cpu.default, (x, h, w_ih, w_hh, None, None), test_utils=OPCHECKS)
-    gradient = ([randn(3, 7)], [x, h, w_ih, w_hh, b, b * 2], [True] * 6)
-    opcheck(torch.ops.fused_ops.gru_cell_bwd_reference.default, gradient, test_utils=OPCHECKS)
     gates, state = (randn(3, 21), randn(3, 21, seed=1)), randn(3, 7)
     opcheck(
         torch.ops.fused_ops.gru_gates_bwd_reference.default, ([state], [*gates, state], [True] * 3), test_utils=OPCHECKS

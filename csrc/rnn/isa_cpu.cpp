@@ -1,19 +1,17 @@
-// The GRU's inner loops for each instruction set, and the choice between them at run time.
+// The RNNs' inner loops for each instruction set, and the choice between them at run time.
 #include <cstdlib>
 #include <cstring>
 
 #include "common/check.h"
-#include "rnn/gru_isa.h"
+#include "rnn/isa.h"
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
 
 #define FUSED_OPS_ISA portable
 #define FUSED_OPS_LANES 4
-#define FUSED_OPS_TILES 4
-#include "rnn/gru_kernel.h"
-#undef FUSED_OPS_ISA
-#undef FUSED_OPS_LANES
-#undef FUSED_OPS_TILES
+#define FUSED_OPS_ACCUMULATORS 12
+#define FUSED_OPS_ROWS 6
+#include "rnn/cpu_kernel.h"
 
 #if defined(__x86_64__)
 
@@ -25,11 +23,9 @@
 #endif
 #define FUSED_OPS_ISA avx2
 #define FUSED_OPS_LANES 8
-#define FUSED_OPS_TILES 4
-#include "rnn/gru_kernel.h"
-#undef FUSED_OPS_ISA
-#undef FUSED_OPS_LANES
-#undef FUSED_OPS_TILES
+#define FUSED_OPS_ACCUMULATORS 12
+#define FUSED_OPS_ROWS 6
+#include "rnn/cpu_kernel.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl"))), apply_to = function)
@@ -40,8 +36,9 @@
 #endif
 #define FUSED_OPS_ISA avx512
 #define FUSED_OPS_LANES 16
-#define FUSED_OPS_TILES 8
-#include "rnn/gru_kernel.h"
+#define FUSED_OPS_ACCUMULATORS 24
+#define FUSED_OPS_ROWS 8
+#include "rnn/cpu_kernel.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -50,7 +47,7 @@
 
 #endif
 
-namespace fused_ops::gru {
+namespace fused_ops::rnn {
 
 const Isa& choose_isa() {
   const char* wanted = std::getenv("FUSED_OPS_CPU_ISA");
@@ -63,9 +60,9 @@ const Isa& choose_isa() {
     return avx512::isa;
   if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::isa;
 #endif
-  STD_TORCH_CHECK(allowed("portable"), "FUSED_OPS_CPU_ISA must be portable, or avx512 or avx2 where this processor has it, got ",
-                  wanted);
+  STD_TORCH_CHECK(allowed("portable"),
+                  "FUSED_OPS_CPU_ISA must be portable, or avx512 or avx2 where this processor has it, got ", wanted);
   return portable::isa;
 }
 
-}  // namespace fused_ops::gru
+}  // namespace fused_ops::rnn
