@@ -1,7 +1,7 @@
 """Interleaved timing that notices a neighbour.
 
 Before and after each row a fixed spin loop is timed; if it runs slower than the machine at rest, the row is measured
-again, and marked if that doesn't help.
+again, and marked if that doesn't help or a minute of the run has gone into such repeats.
 """
 
 import statistics
@@ -14,6 +14,7 @@ import torch
 DISTURBED = 1.25  # a spin loop this much slower than at rest means a neighbour
 ATTEMPTS = 3
 _rest: float | None = None
+_spare = 60.0  # seconds left for repeats
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,16 @@ def at_rest() -> float:
 
 def measure(rivals: dict[str, Callable[[], object]], *, seconds: float = 1.0, on_gpu: bool = False) -> Measurement:
     """Time `rivals` in turn, round after round, for about `seconds` each; a disturbed row is measured again."""
+    global _spare
     result = None
     for _ in range(ATTEMPTS):
-        rest, before = at_rest(), spin()
+        start, rest, before = time.perf_counter(), at_rest(), spin()
         timings = (_gpu_rounds if on_gpu else _cpu_rounds)(rivals, seconds)
         after = spin()
         result = Measurement(timings, max(before, after) > DISTURBED * rest)
-        if not result.disturbed:
+        if not result.disturbed or _spare <= 0.0:
             break
+        _spare -= time.perf_counter() - start
     return result
 
 

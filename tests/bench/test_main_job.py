@@ -53,6 +53,17 @@ def test_a_slower_spin_marks_the_row(monkeypatch):
     assert timing.measure({"a": lambda: None, "b": lambda: None}, seconds=0.0).disturbed
 
 
+def test_repeats_end_when_their_time_is_spent(monkeypatch):
+    spins = []
+    monkeypatch.setattr(timing, "at_rest", lambda: 1e-6)
+    monkeypatch.setattr(timing, "spin", lambda: spins.append(1) or 1.0)
+    for spare, attempts in ((60.0, timing.ATTEMPTS), (0.0, 1)):
+        spins.clear()
+        monkeypatch.setattr(timing, "_spare", spare)
+        assert timing.measure({"a": lambda: None}, seconds=0.0).disturbed
+        assert len(spins) == 2 * attempts
+
+
 def test_rivals_are_timed_in_turn():
     order = []
     timing.measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=0.0)
