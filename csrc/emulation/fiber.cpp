@@ -84,13 +84,6 @@ Stack::~Stack() {
   munmap(bottom_ - page, page + kStackBytes);
 }
 
-Stack* StackPool::take() {
-  if (free_.empty()) return ++made_, new Stack;
-  Stack* stack = free_.back();
-  free_.pop_back();
-  return stack;
-}
-
 void* prepare_stack(Stack& stack, size_t colour, void (*entry)()) {
   uintptr_t top = reinterpret_cast<uintptr_t>(stack.top()) - colour % 32 * 128;
   void** frame = reinterpret_cast<void**>(top & ~uintptr_t{15});

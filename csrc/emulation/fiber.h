@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
 namespace fused_ops::emulation {
 
@@ -23,19 +22,8 @@ class Stack {
   std::byte* bottom_;
 };
 
-// Stacks are kept for the next block: making one costs two system calls.
-class StackPool {
- public:
-  Stack* take();
-  void give_back(Stack* stack) { free_.push_back(stack); }
-
- private:
-  std::vector<Stack*> free_;
-  size_t made_ = 0;
-};
-
-// The stack pointer from which `switch_stack` starts `entry`, which must never return. `colour` spreads the frames of
-// many stacks over the sets of the cache.
+// The stack pointer from which `fused_ops_switch_stack` starts `entry`, which must never return. `colour` spreads the
+// frames of many stacks over the sets of the cache.
 void* prepare_stack(Stack& stack, size_t colour, void (*entry)());
 
 }  // namespace fused_ops::emulation

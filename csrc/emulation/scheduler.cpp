@@ -56,8 +56,7 @@ struct Launch {
 };
 Launch* launch = nullptr;
 
-// Kept between launches: stacks and arenas cost system calls.
-StackPool stacks;
+// Kept between launches: their stacks and arenas cost system calls.
 std::vector<std::unique_ptr<Block>> free_blocks;
 uint32_t slots = 0;
 
@@ -182,7 +181,7 @@ Block* start_block(Group& group, dim3 index) {
   std::memset(block->shared, 0xff, block->shared_bytes);  // NaN in every floating type
   for (Meeting& barrier : block->barriers) barrier = Meeting("a barrier of its block");
   block->warps.assign((count + 31) / 32, Warp{});
-  while (block->stacks.size() < count) block->stacks.push_back(stacks.take());
+  while (block->stacks.size() < count) block->stacks.push_back(new Stack);
   block->threads.assign(count, Thread{});
   for (uint32_t i = 0; i < count; ++i) {
     Thread& thread = block->threads[i];
