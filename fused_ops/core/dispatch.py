@@ -46,6 +46,7 @@ class Backend:
             before `supports`, so of calls too that this backend cannot serve.
         needs: the op that must be registered in `_C.so`.
         kernel: its entry in `verified`, for kernels that run on a GPU.
+        note: what `explain` adds where it is chosen.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Backend:
     worthwhile: Callable = lambda *call: None
     needs: str | None = None
     kernel: verified.Kernel | None = None
+    note: str = ""
 
     def missing(self, tensor: torch.Tensor) -> str | None:
         """Why this backend does not exist for `tensor`'s device, whatever the call."""
@@ -238,7 +240,8 @@ class Op:
                 rows.append((label, "refused", reason))
             elif chosen is None and named in (None, backend.name):
                 chosen = label
-                rows.append((label, "chosen", f"asked for by {binding}" if named else ""))
+                said = (f"asked for by {binding}" if named else "", backend.note)
+                rows.append((label, "chosen", "; ".join(filter(None, said))))
             else:
                 rows.append((label, "passed", f"{named or chosen} comes first"))
         if named is not None and named not in self.by_name:

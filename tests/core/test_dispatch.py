@@ -272,6 +272,17 @@ def test_explain_of_a_request_says_where_it_came_from(make_op, monkeypatch):
     assert lacking.rows[-1] == ("cuda", "refused", "scaled has no cuda backend")
 
 
+def test_explain_adds_a_backends_note_where_it_is_chosen(make_op):
+    scaled = make_op("cpu", "reference", reference={"note": "in its own way"}, cpu={"note": "unseen"})
+    rows = fused_ops.explain(scaled, X, backend="reference").rows
+    assert rows == (
+        ("cpu", "passed", "reference comes first"),
+        ("reference", "chosen", "asked for by backend=; in its own way"),
+    )
+    scaled = make_op("reference", reference={"note": "in its own way"})
+    assert fused_ops.explain(scaled, X).rows == (("reference", "chosen", "in its own way"),)
+
+
 def test_explain_agrees_with_what_runs(make_op, served, monkeypatch):
     for worthwhile in (lambda x: None, lambda x: "is slower here"):
         scaled = make_op("cpu", "reference", cpu={"worthwhile": worthwhile})
