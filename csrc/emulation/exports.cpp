@@ -8,3 +8,6 @@ FUSED_OPS_EXPORT void fused_ops_emulate_checked(bool checked) { fused_ops::emula
 FUSED_OPS_EXPORT void fused_ops_emulate_multiprocessors(int count) {
   fused_ops::emulation::chip.multiprocessors = count;
 }
+FUSED_OPS_EXPORT void fused_ops_emulate_capability(int capability) {
+  fused_ops::emulation::chip.capability = capability;
+}

@@ -191,7 +191,7 @@ struct Group {
 };
 
 struct Chip {
-  int multiprocessors = 132;
+  int multiprocessors = 132, capability = 90;
   size_t shared_per_block = 227 * 1024, shared_per_multiprocessor = 228 * 1024;
   uint32_t threads_per_multiprocessor = 2048, blocks_per_multiprocessor = 32;
 };
@@ -224,6 +224,8 @@ struct Shape {
   size_t shared_bytes;
   bool cooperative;
 };
+// How many blocks can be alive together, in whole clusters.
+int64_t co_resident_blocks(dim3 block, dim3 cluster, size_t shared_bytes);
 // Calls body(arguments) once for every thread; `kernel` names it in errors. Throws std::runtime_error for a finding.
 void run(const void* kernel, const Shape& shape, void (*body)(const void*), const void* arguments, size_t bytes);
 

@@ -248,12 +248,8 @@ void run_groups(uint64_t count) {
 
 // What is wrong with a cooperative grid whose blocks have so much shared memory each, or nothing.
 std::string no_room(const Shape& shape, size_t shared_bytes) {
-  const uint64_t threads = uint64_t{shape.block.x} * shape.block.y * shape.block.z;
-  const uint64_t by_threads = chip.threads_per_multiprocessor / ((threads + 31) / 32 * 32);
-  const uint64_t by_shared = chip.shared_per_multiprocessor / (shared_bytes + 1024);  // 1 KB is the system's
-  const uint64_t resident = std::min({by_threads, by_shared, uint64_t{chip.blocks_per_multiprocessor}});
   const uint64_t blocks = uint64_t{shape.grid.x} * shape.grid.y * shape.grid.z;
-  const uint64_t room = resident * static_cast<uint64_t>(chip.multiprocessors);
+  const auto room = static_cast<uint64_t>(co_resident_blocks(shape.block, dim3(1), shared_bytes));
   if (!shape.cooperative || blocks <= room) return "";
   return std::to_string(blocks) + " blocks of a cooperative grid, only " + std::to_string(room) + " can be alive together";
 }
@@ -268,11 +264,21 @@ void check_shape(const void* kernel, const Shape& shape) {
   }
   const dim3 grid = shape.grid, cluster = shape.cluster;
   if (grid.x % cluster.x || grid.y % cluster.y || grid.z % cluster.z) refuse("the grid is not a multiple of the cluster");
-  if (cluster.x * cluster.y * cluster.z > 8) refuse("at most 8 blocks in a cluster without asking for more");
+  if (cluster.x * cluster.y * cluster.z > 16) refuse("at most 16 blocks in a cluster");
   if (const std::string reason = no_room(shape, shape.shared_bytes); !reason.empty()) refuse(reason);
 }
 
 }  // namespace
+
+int64_t co_resident_blocks(dim3 block, dim3 cluster, size_t shared_bytes) {
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  const uint64_t by_threads = chip.threads_per_multiprocessor / ((threads + 31) / 32 * 32);
+  const uint64_t by_shared = chip.shared_per_multiprocessor / (shared_bytes + 1024);  // 1 KB is the system's
+  const uint64_t resident = std::min({by_threads, by_shared, uint64_t{chip.blocks_per_multiprocessor}});
+  const uint64_t blocks = resident * static_cast<uint64_t>(chip.multiprocessors);
+  const uint64_t size = uint64_t{cluster.x} * cluster.y * cluster.z;
+  return static_cast<int64_t>(blocks / size * size);
+}
 
 uint32_t draw(size_t n) {
   uint64_t& x = launch->random;

@@ -58,6 +58,16 @@ def multiprocessors(count: int):
         _library().fused_ops_emulate_multiprocessors(132)
 
 
+@contextmanager
+def capability(value: int):
+    """Within the block, the emulated chip says this compute capability (80 for 8.0), not 9.0. What it can do stays."""
+    _library().fused_ops_emulate_capability(value)
+    try:
+        yield
+    finally:
+        _library().fused_ops_emulate_capability(90)
+
+
 def run_on(library: Path, code: str, folder: Path) -> subprocess.CompletedProcess:
     """`code` in a fresh process, on poisoned memory, with `library` in the place of _emu.so."""
     package = folder / "fused_ops"

@@ -18,10 +18,12 @@ def test_ranks_count_the_blocks_of_a_cluster_x_fastest(grid, cluster):
     assert (out[..., 1] == cluster[0] * cluster[1] * cluster[2]).all()
 
 
-@pytest.mark.parametrize(("grid", "cluster", "said"), [((3, 1, 1), (2, 1, 1), "multiple"), ((9, 1, 1), (9, 1, 1), "8")])
+@pytest.mark.parametrize(
+    ("grid", "cluster", "said"), [((3, 1, 1), (2, 1, 1), "multiple"), ((17, 1, 1), (17, 1, 1), "16")]
+)
 def test_a_cluster_that_the_chip_refuses_is_refused(grid, cluster, said):
     with pytest.raises(RuntimeError, match=said):
-        kernels.run("cluster", "ranks", torch.zeros(18, dtype=torch.int32), *grid, *cluster)
+        kernels.run("cluster", "ranks", torch.zeros(34, dtype=torch.int32), *grid, *cluster)
 
 
 @pytest.mark.parametrize("blocks, cluster", [(1, 1), (2, 2), (6, 3), (16, 8)])

@@ -37,5 +37,12 @@ void launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block, di
 }
 
 inline int multiprocessors() { return emulation::chip.multiprocessors; }
+inline int64_t shared_bytes_per_block() { return static_cast<int64_t>(emulation::chip.shared_per_block); }
+inline int capability() { return emulation::chip.capability; }
+
+template <typename... Parameters>
+int64_t co_resident_blocks(void (*)(Parameters...), dim3 block, dim3 cluster, size_t shared_bytes) {
+  return emulation::co_resident_blocks(block, cluster, shared_bytes);
+}
 
 }  // namespace fused_ops
