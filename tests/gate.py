@@ -124,7 +124,7 @@ def defined_kernels(source: str) -> set[str]:
 
 
 def cases(module: str, chip: tuple[int, int], aligned: bool = True) -> list[tuple]:
-    """(label, kernel, signature, constexprs, num_warps, num_stages) of a Triton file on `chip`."""
+    """(label, kernel, signature, constexprs, num_warps, num_stages[, maxnreg]) of a Triton file on `chip`."""
     return getattr(import_module(module), "gate_cases", lambda chip, aligned: [])(chip, aligned)
 
 
@@ -134,7 +134,7 @@ def compile_triton(case: tuple, chip: tuple[int, int], aligned: bool) -> Row:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    label, kernel, given, constexprs, warps, stages = case
+    label, kernel, given, constexprs, warps, stages, *registers = case
     row = partial(Row, kernel.__name__, f"{label}{'' if aligned else ' unaligned'}", chip)
     unnamed = [name for name in kernel.arg_names if name not in given and name not in constexprs]
     if unnamed:
@@ -146,7 +146,7 @@ def compile_triton(case: tuple, chip: tuple[int, int], aligned: bool) -> Row:
         if aligned and (kind.startswith("*") or kind in ("i32", "i64"))
     }
     source = ASTSource(kernel, signature, constexprs, attrs)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers[0] if registers else None}
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", chip[0] * 10 + chip[1], 32), options=options)
     except Exception as error:  # whatever the compiler dies of is a row of the table

@@ -12,7 +12,7 @@ TEXT = readme.README.read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 
 
-@pytest.mark.parametrize("code", EXAMPLES, ids=["replace an op", "fuse a model"])
+@pytest.mark.parametrize("code", EXAMPLES, ids=["replace an op", "extras of an RNN", "fuse a model"])
 def test_an_example_runs(code, capsys):
     exec(code, {})
     assert capsys.readouterr().out

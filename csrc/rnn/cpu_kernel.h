@@ -2,6 +2,7 @@
 // floats, FUSED_OPS_ACCUMULATORS how many of its registers may hold sums, FUSED_OPS_ROWS how many rows a tile may have.
 #include "rnn/vector_kernel.h"
 #include "rnn/gates_kernel.h"
+#include "rnn/norm_kernel.h"
 #include "rnn/tile_kernel.h"
 
 #undef FUSED_OPS_ISA

@@ -32,7 +32,7 @@ Rows padded_rows(int64_t time, int64_t batch, const std::optional<Tensor>& lengt
   if (lengths) {
     STD_TORCH_CHECK(lengths->scalar_type() == ScalarType::Long, "lengths must be int64");
     check_shape(*lengths, {batch}, "lengths");
-    const Tensor values = stable::contiguous(*lengths);
+    const Tensor values = compact(*lengths);
     const auto* data = values.const_data_ptr<int64_t>();
     for (int64_t b = 0; b < batch; ++b) {
       STD_TORCH_CHECK(data[b] >= 0 && data[b] <= time, "lengths must be between 0 and input's ", time, " steps, got ",
@@ -49,7 +49,7 @@ Rows packed_rows(const Tensor& batch_sizes, int64_t batch, int64_t total) {
   STD_TORCH_CHECK(batch_sizes.scalar_type() == ScalarType::Long && batch_sizes.dim() == 1,
                   "batch_sizes must be int64 and 1-dimensional");
   const int64_t time = batch_sizes.size(0);
-  const Tensor values = stable::contiguous(batch_sizes);
+  const Tensor values = compact(batch_sizes);
   const auto* sizes = values.const_data_ptr<int64_t>();
   Rows rows;
   rows.lengths.assign(batch, 0);
@@ -69,7 +69,7 @@ Rows packed_rows(const Tensor& batch_sizes, int64_t batch, int64_t total) {
 
 }  // namespace
 
-Tensor rows_of_floats(const Tensor& tensor) { return tensor.stride(-1) == 1 ? tensor : stable::contiguous(tensor); }
+Tensor rows_of_floats(const Tensor& tensor) { return tensor.stride(-1) == 1 ? tensor : compact(tensor); }
 
 void check_floats(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
@@ -83,13 +83,18 @@ void multiply(float* to, const float* a, const float* b, int64_t count) {
 
 Call::Call(const Inputs& given)
     : kind(kind_of(given.mode)), directions(given.bidirectional ? 2 : 1), gates(gates_of(kind)),
-      has_biases(given.has_biases), input(given.input), h0(given.h0) {
+      has_biases(given.has_biases), input(given.input), h0(given.h0), extras(given.extras) {
   check_floats(input, "input");
   check_floats(h0, "h0");
-  const int64_t per_cell = has_biases ? 4 : 2, cells = h0.dim() == 3 ? h0.size(0) : 0;
   STD_TORCH_CHECK(h0.dim() == 3, "h0 must be (layers·directions, batch, hidden)");
+  STD_TORCH_CHECK(given.c0.has_value() == (kind == LSTM), "c0 must be given exactly for an lstm");
+  const int64_t cells = h0.size(0);
+  per_cell = has_biases ? 4 : 2;
+  projected = kind == LSTM && static_cast<int64_t>(given.params.size()) == cells * (per_cell + 1);
+  per_cell += projected;
   STD_TORCH_CHECK(input.dim() == (given.batch_sizes ? 2 : 3), "input must be (time, batch, features) or packed");
-  batch = h0.size(1), hidden = h0.size(2), inputs = input.size(-1), width = directions * hidden;
+  batch = h0.size(1), states = h0.size(2), inputs = input.size(-1), width = directions * states;
+  hidden = projected ? given.c0->size(-1) : states;
   layers = cells / directions;
   STD_TORCH_CHECK(static_cast<int64_t>(given.params.size()) == cells * per_cell && cells % directions == 0,
                   "params must hold ", per_cell, " tensors for each of h0's ", cells, " cells");
@@ -101,37 +106,59 @@ Call::Call(const Inputs& given)
   positions = given.batch_sizes ? shape[0] : shape[0] * shape[1];
   area = positions * width;
   input = rows_of_floats(input);
-  h0 = stable::contiguous(h0);
-  STD_TORCH_CHECK(given.c0.has_value() == (kind == LSTM), "c0 must be given exactly for an lstm");
+  h0 = compact(h0);
   if (given.c0) {
     check_floats(*given.c0, "c0");
     check_shape(*given.c0, {cells, batch, hidden}, "c0");
-    c0 = stable::contiguous(*given.c0);
+    c0 = compact(*given.c0);
   }
   if (given.resets) {
     STD_TORCH_CHECK(given.resets->scalar_type() == ScalarType::Bool && !given.batch_sizes,
                     "resets must be bool and input padded");
     check_shape(*given.resets, {rows.time, batch}, "resets");
-    resets = stable::contiguous(*given.resets);
+    resets = compact(*given.resets);
     rows.resets = static_cast<const bool*>(resets->const_data_ptr());
   }
   if (given.masks) {
     check_floats(*given.masks, "masks");
     STD_TORCH_CHECK(given.masks->numel() == (layers - 1) * area, "masks has the wrong shape");
-    masks = stable::contiguous(*given.masks);
+    masks = compact(*given.masks);
   }
-  for (int64_t i = 0; i < static_cast<int64_t>(given.params.size()); ++i) {
-    const Tensor& param = given.params[i];
-    check_floats(param, "params");
-    if (i % per_cell < 2) {
-      const int64_t columns = i % per_cell == 0 ? layer_inputs(i / per_cell / directions) : hidden;
-      check_shape(param, {gates * hidden, columns}, "params' weight");
+  check_params(given.params);
+  check_extras();
+  kept = kept_of(kind, zones_h(0).any());
+  zeros.assign(4 * std::max(hidden, states), 0.0f);
+}
+
+void Call::check_params(const std::vector<Tensor>& given) {
+  for (int64_t i = 0; i < static_cast<int64_t>(given.size()); ++i) {
+    const int64_t cell = i / per_cell, role = i % per_cell;
+    check_floats(given[i], "params");
+    if (projected && role == per_cell - 1) {
+      check_shape(given[i], {states, hidden}, "params' projection");
+    } else if (role < 2) {
+      const int64_t columns = role == 0 ? layer_inputs(cell / directions) : states;
+      check_shape(given[i], {gates * hidden, columns}, "params' weight");
     } else {
-      check_shape(param, {gates * hidden}, "params' bias");
+      check_shape(given[i], {gates * hidden}, "params' bias");
     }
-    params.push_back(stable::contiguous(param));
+    params.push_back(compact(given[i]));
   }
-  zeros.assign(4 * hidden, 0.0f);
+}
+
+void Call::check_extras() {
+  const auto check = [&](std::optional<Tensor>& tensor, ScalarType dtype, int64_t features, const char* name) {
+    if (!tensor) return;
+    STD_TORCH_CHECK(tensor->scalar_type() == dtype, name, " must be ", torch::headeronly::toString(dtype));
+    STD_TORCH_CHECK(tensor->numel() == cells() * features, name, " has the wrong shape");
+    tensor = compact(*tensor);
+  };
+  check(extras.recurrent_masks, ScalarType::Float, batch * states, "recurrent_masks");
+  check(extras.zone_h, ScalarType::Bool, positions * states, "zone_h");
+  check(extras.zone_c, ScalarType::Bool, positions * hidden, "zone_c");
+  STD_TORCH_CHECK(kind == LSTM || (!extras.zone_c && extras.zoneout_c == 0.0), "only an lstm has a c to zone");
+  for (const double share : {extras.zoneout_h, extras.zoneout_c})
+    STD_TORCH_CHECK(share >= 0.0 && share <= 1.0, "zoneout must be between 0 and 1, got ", share);
 }
 
 Grid Call::grid(const Tensor& tensor) const {
@@ -144,14 +171,22 @@ Grid Call::grid(const float* data, int64_t features) const {
   return {const_cast<float*>(data), batch * features, features, shape.size() == 2 ? rows.starts.data() : nullptr};
 }
 
+Zones Call::zones(const std::optional<Tensor>& keep, double share, int64_t cell, int64_t features) const {
+  if (!keep) return {{}, static_cast<float>(share)};
+  const auto* data = static_cast<const bool*>(keep->const_data_ptr()) + cell * positions * features;
+  return {{data, batch * features, features, shape.size() == 2 ? rows.starts.data() : nullptr}};
+}
+
 bool Call::shares_panels() const {
   const int64_t threads = stable::get_num_threads();
-  return threads > 1 && directions == 1 && batch < 2 * threads && 4 * gates * hidden * hidden > SHARED_WEIGHT_BYTES;
+  if (rows.steps() <= 1) return threads > 1;  // they wait for each other once
+  return threads > 1 && directions == 1 && batch < 2 * threads && 4 * gates * hidden * states > SHARED_WEIGHT_BYTES;
 }
 
 int64_t Call::flops(int64_t layer) const {
   const int64_t steps = std::accumulate(rows.lengths.begin(), rows.lengths.end(), int64_t{0});
-  return directions * steps * 2 * gates * hidden * (hidden + layer_inputs(layer));
+  const int64_t projection = projected ? hidden * states : 0;
+  return directions * steps * 2 * (gates * hidden * (states + layer_inputs(layer)) + projection);
 }
 
 int64_t Call::groups(bool parallel) const {

@@ -1,9 +1,10 @@
-// RNN sequences on the CPU, float32: tanh, ReLU, GRU and LSTM.
+// RNN sequences on the CPU, float32: tanh, ReLU, GRU and LSTM, with a projected state, recurrent masks and zoneout.
 //
 // The idea: both projections run on one microkernel whose weights are packed in every call (a cache could go stale
 // unseen), and whose epilogue is the whole step, so that gates never leave the registers. States are never copied: the
 // output row of a step is the state the next one reads. Rows of different length sit sorted by length behind an index,
-// the live ones are a prefix of it, and the padding is never touched.
+// the live ones are a prefix of it, and the padding is never touched. Projection, zoneout and masks act on a step's
+// rows after it, while they are in cache.
 //
 // Inputs that are bitwise the same row (an embedding's, above all) are projected once: a hash finds them, and is given
 // up where it finds none. Equal rows have equal projections, so this changes no bit of the result.
@@ -26,17 +27,20 @@ namespace {
 constexpr int64_t CHUNK_BYTES = 256 * 1024;  // of gates projected ahead, to stay in L2
 constexpr int64_t MANY_ROWS = 8;             // more than a tile
 
-thread_local Scratch packed_scratch, gates_scratch;
+thread_local Scratch packed_scratch, gates_scratch, states_scratch;
 
 // One direction of one layer.
 struct Cell {
   const Call& call;
   int64_t inputs;
   bool reverse;
-  const float *w_ih, *w_hh, *bias_ih, *bias_hn;  // packed
+  const float *w_ih, *w_hh, *w_hr, *bias_ih, *bias_hn;  // packed; w_ih, w_hh: null where each panel is used once
+  const float *from_ih, *from_hh;                       // not packed
   Grid x, out, c, kept;
   const float *h0, *c0;
   float *h_n, *c_n;
+  const float* mask;
+  Zones zone_h, zone_c;
 };
 
 void pack_biases(const Isa& isa, const Call& call, int64_t cell, float* bias_ih, float* bias_hn) {
@@ -55,23 +59,33 @@ void pack_biases(const Isa& isa, const Call& call, int64_t cell, float* bias_ih,
 }
 
 int64_t packed_floats(const Isa& isa, const Call& call, int64_t inputs) {
-  return panels_of(isa, call.hidden) * isa.lanes * (call.gates * (inputs + call.hidden + 1) + 1);
+  const int64_t projection = call.projected ? panels_of(isa, call.states) * isa.lanes * call.hidden : 0;
+  return panels_of(isa, call.hidden) * isa.lanes * (call.gates * (inputs + call.states + 1) + 1) + projection;
 }
 
-// Packs the parameters of `index` into `memory` (packed_floats).
-void pack_cell(const Isa& isa, int64_t index, Cell& cell, float* memory) {
+// Packs the parameters of `index` into `memory` (packed_floats), but W_ih, W_hh if each of their panels is used once.
+void pack_cell(const Isa& isa, int64_t index, Cell& cell, float* memory, bool once_ih, bool once_hh) {
   const Call& call = cell.call;
   const int64_t panels = panels_of(isa, call.hidden), width = call.gates * isa.lanes;
   float* const w_hh = memory + panels * width * cell.inputs;
-  float* const bias_ih = w_hh + panels * width * call.hidden;
-  const float *from_ih = call.param(index, 0), *from_hh = call.param(index, 1);
-  const bool parallel = call.gates * call.hidden * (cell.inputs + call.hidden) >= 32 * 1024;
-  spread(parallel, panels, [&](int64_t begin, int64_t end) {
-    isa.pack(from_ih, call.gates, call.hidden, cell.inputs, memory, begin, end);
-    isa.pack(from_hh, call.gates, call.hidden, call.hidden, w_hh, begin, end);
+  float* const bias_ih = w_hh + panels * width * call.states;
+  float *const bias_hn = bias_ih + panels * width, *const w_hr = bias_hn + panels * isa.lanes;
+  cell.from_ih = call.param(index, 0), cell.from_hh = call.param(index, 1);
+  const bool parallel = call.gates * call.hidden * (cell.inputs + call.states) >= 32 * 1024;
+  spread(parallel && !(once_ih && once_hh), panels, [&](int64_t begin, int64_t end) {
+    if (!once_ih) isa.pack(cell.from_ih, call.gates, call.hidden, cell.inputs, memory, begin, end);
+    if (!once_hh) isa.pack(cell.from_hh, call.gates, call.hidden, call.states, w_hh, begin, end);
   });
-  pack_biases(isa, call, index, bias_ih, bias_ih + panels * width);
-  cell.w_ih = memory, cell.w_hh = w_hh, cell.bias_ih = bias_ih, cell.bias_hn = bias_ih + panels * width;
+  pack_biases(isa, call, index, bias_ih, bias_hn);
+  if (call.projected)
+    isa.pack(call.projection(index), 1, call.states, call.hidden, w_hr, 0, panels_of(isa, call.states));
+  cell.w_ih = once_ih ? nullptr : memory, cell.w_hh = once_hh ? nullptr : w_hh, cell.w_hr = call.projected ? w_hr : nullptr;
+  cell.bias_ih = bias_ih, cell.bias_hn = bias_hn;
+}
+
+// How many different inputs are projected together.
+int64_t rows_ahead(const Isa& isa, const Call& call) {
+  return std::max<int64_t>(CHUNK_BYTES / (panels_of(isa, call.hidden) * call.gates * isa.lanes * sizeof(float)), 1);
 }
 
 // Takes some rows, longest first, through all their steps. `shared`: threads split the panels of each step; otherwise
@@ -80,17 +94,20 @@ class Walk {
  public:
   Walk(const Isa& isa, const Cell& cell, std::vector<int64_t> mine, bool shared)
       : isa_(isa), cell_(cell), call_(cell.call), rows_(call_.rows), mine_(std::move(mine)),
-        panels_(panels_of(isa, call_.hidden)), slot_(call_.gates * isa.lanes), shared_(shared), inputs_(cell.inputs) {}
+        panels_(panels_of(isa, call_.hidden)), slot_(call_.gates * isa.lanes), shared_(shared),
+        plain_(!cell.w_hr && !cell.mask && !cell.zone_h.any() && !cell.zone_c.any()), inputs_(cell.inputs) {
+    if (!plain_) set_aside();
+  }
 
   void run() {
-    const int64_t hidden = call_.hidden;
+    const int64_t hidden = call_.hidden, states = call_.states;
     for (int64_t row : mine_) {
-      h_.push_back(cell_.h0 + row * hidden);
+      h_.push_back(cell_.h0 + row * states);
       c_.push_back(cell_.c0 ? cell_.c0 + row * hidden : nullptr);
     }
     steps_.resize(mine_.size());
     const int64_t steps = mine_.empty() ? 0 : rows_.lengths[mine_[0]];
-    const int64_t ahead = std::max<int64_t>(CHUNK_BYTES / (panels_ * slot_ * sizeof(float)), 1);
+    const int64_t ahead = rows_ahead(isa_, call_);
     for (int64_t s = 0; s < steps;) {
       inputs_.clear();
       slots_.clear();
@@ -102,11 +119,12 @@ class Walk {
       s = last;
     }
     for (size_t i = 0; i < mine_.size(); ++i) {
-      std::memcpy(cell_.h_n + mine_[i] * hidden, h_[i], hidden * sizeof(float));
+      std::memcpy(cell_.h_n + mine_[i] * states, h_[i], states * sizeof(float));
       if (float* const c_n = cell_.c0 ? cell_.c_n + mine_[i] * hidden : nullptr; c_n != c_[i])
         std::memcpy(c_n, c_[i], hidden * sizeof(float));
     }
     gates_scratch.trim();
+    states_scratch.trim();
   }
 
  private:
@@ -132,14 +150,91 @@ class Walk {
       float* c_out = cell_.c.at(t, row);
       if (c_out == nullptr && cell_.c0) c_out = cell_.c_n + row * call_.hidden;
       const bool reset = rows_.reset(t, row);
-      steps_[i] = {reset ? call_.zeros.data() : h_[i], reset ? call_.zeros.data() : c_[i], cell_.out.at(t, row), c_out,
-                   cell_.kept.at(t, row), slots[i]};
+      const float *h = reset ? call_.zeros.data() : h_[i], *c = reset ? call_.zeros.data() : c_[i];
+      steps_[i] = {h, h, c, cell_.out.at(t, row), c_out, cell_.kept.at(t, row), slots[i]};
+      if (plain_) continue;
+      if (masked_ && !reset) steps_[i].fed = masked_ + i * call_.states;
+      if (inner_) steps_[i].h_out = inner_ + i * call_.hidden;
+      if (turns_) steps_[i].c_out = turns_ + (s % 2 * mine_.size() + i) * call_.hidden;
     }
-    return {steps_.data(), count, call_.hidden, cell_.w_hh, cell_.bias_hn, gates, panel_stride};
+    return {steps_.data(), count, call_.hidden, call_.states, cell_.w_hh, cell_.bias_hn, gates, panel_stride};
   }
 
-  void advance(int64_t count) {
+  void advance(int64_t s, int64_t count) {
+    if (!plain_) {
+      if (inner_) project(s, count);
+      settle(s, count);
+    }
     for (int64_t i = 0; i < count; ++i) h_[i] = steps_[i].h_out, c_[i] = steps_[i].c_out;
+  }
+
+  // Memory for what is not a state yet, or no longer one.
+  void set_aside() {
+    const int64_t count = mine_.size(), hidden = call_.hidden, states = call_.states;
+    const bool turns = cell_.zone_c.any() && cell_.c.data == nullptr;
+    float* memory = states_scratch.reserve(count * ((cell_.mask ? states : 0) + (cell_.w_hr ? hidden : 0) +
+                                                    (turns ? 2 * hidden : 0)));
+    if (cell_.mask) {
+      masked_ = memory;
+      for (int64_t i = 0; i < count; ++i)
+        isa_.times(masked_ + i * states, cell_.h0 + mine_[i] * states, cell_.mask + mine_[i] * states, states);
+      memory += count * states;
+    }
+    if (cell_.w_hr) inner_ = memory, memory += count * hidden;
+    if (turns) turns_ = memory;
+  }
+
+  // h~ = W_hr·(o·tanh(c~)).
+  void project(int64_t s, int64_t count) {
+    from_.resize(count), to_.resize(count);
+    for (int64_t i = 0; i < count; ++i) {
+      from_[i] = steps_[i].h_out;
+      to_[i] = steps_[i].h_out = cell_.out.at(time(s, mine_[i]), mine_[i]);
+    }
+    const Product job{from_.data(), count, call_.hidden, call_.states, cell_.w_hr, to_.data(), false};
+    spread(shared_, panels_of(isa_, call_.states),
+           [&](int64_t begin, int64_t end) { isa_.product(job, begin, end); });
+  }
+
+  // h~ and c~ become the states after the step, and h what the next product takes.
+  void settle(int64_t s, int64_t count) {
+    const int64_t hidden = call_.hidden, states = call_.states;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = mine_[i], t = time(s, row);
+      const StepRow& now = steps_[i];
+      if (cell_.zone_h.any()) {
+        if (call_.kind < GRU && now.kept) std::memcpy(now.kept, now.h_out, states * sizeof(float));
+        isa_.zone(cell_.zone_h.at(t, row), now.h, now.h_out, states);
+      }
+      if (cell_.zone_c.any()) isa_.zone(cell_.zone_c.at(t, row), now.c, now.c_out, hidden);
+      if (masked_) isa_.times(masked_ + i * states, now.h_out, cell_.mask + row * states, states);
+    }
+  }
+
+  void project_inputs(Projection job, int64_t begin, int64_t end) const {
+    if (cell_.w_ih) return isa_.project[call_.kind](job, begin, end);
+    pack_and_use(
+        slot_ * cell_.inputs, begin, end,
+        [&](float* weights, int64_t first, int64_t last) {
+          isa_.pack(cell_.from_ih, call_.gates, call_.hidden, cell_.inputs, weights, first, last);
+        },
+        [&](const float* weights, int64_t first, int64_t last) {
+          job.weights = weights;
+          isa_.project[call_.kind](job, first, last);
+        });
+  }
+
+  void take(Step job, int64_t begin, int64_t end) const {
+    if (cell_.w_hh) return isa_.step[call_.kind](job, begin, end);
+    pack_and_use(
+        slot_ * call_.states, begin, end,
+        [&](float* weights, int64_t first, int64_t last) {
+          isa_.pack(cell_.from_hh, call_.gates, call_.hidden, call_.states, weights, first, last);
+        },
+        [&](const float* weights, int64_t first, int64_t last) {
+          job.weights = weights;
+          isa_.step[call_.kind](job, first, last);
+        });
   }
 
   // Many rows: each panel's gates are used at once and stay in the nearest cache.
@@ -150,11 +245,11 @@ class Walk {
     const Step second = step(s, slots_.data(), gates, stride);
     spread(shared_, panels_, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
-        isa_.project[call_.kind](first, panel, panel + 1);
-        isa_.step[call_.kind](second, panel, panel + 1);
+        project_inputs(first, panel, panel + 1);
+        take(second, panel, panel + 1);
       }
     });
-    advance(second.count);
+    advance(s, second.count);
   }
 
   // Few rows, or few different inputs: those of several steps are projected together.
@@ -162,12 +257,12 @@ class Walk {
     const int64_t stride = inputs_.rows().size() * slot_;
     float* const gates = gates_scratch.reserve(panels_ * stride);
     const Projection first = projection(gates, stride);
-    spread(shared_, panels_, [&](int64_t begin, int64_t end) { isa_.project[call_.kind](first, begin, end); });
+    spread(shared_, panels_, [&](int64_t begin, int64_t end) { project_inputs(first, begin, end); });
     const int32_t* slots = slots_.data();
     for (; s < last; ++s) {
       const Step next = step(s, slots, gates, stride);
-      spread(shared_, panels_, [&](int64_t begin, int64_t end) { isa_.step[call_.kind](next, begin, end); });
-      advance(next.count);
+      spread(shared_, panels_, [&](int64_t begin, int64_t end) { take(next, begin, end); });
+      advance(s, next.count);
       slots += next.count;
     }
   }
@@ -178,22 +273,27 @@ class Walk {
   const Rows& rows_;
   const std::vector<int64_t> mine_;
   const int64_t panels_, slot_;
-  const bool shared_;
+  const bool shared_, plain_;  // plain: no projection, mask or zoneout
   int64_t live_ = 0;
   Distinct inputs_;
   std::vector<int32_t> slots_;
   std::vector<const float*> h_, c_;
   std::vector<StepRow> steps_;
+  // By row: h·mask; o·tanh(c~) before its projection; c of this step and the one before, where nothing keeps it.
+  float *masked_ = nullptr, *inner_ = nullptr, *turns_ = nullptr;
+  std::vector<const float*> from_;
+  std::vector<float*> to_;
 };
 
 // All directions of one layer.
 void run_layer(const Isa& isa, const Call& call, int64_t layer, std::vector<Cell>& cells) {
   const int64_t floats = packed_floats(isa, call, cells[0].inputs);
   float* const packed = packed_scratch.reserve(call.directions * floats);
-  for (int64_t d = 0; d < call.directions; ++d)
-    pack_cell(isa, layer * call.directions + d, cells[d], packed + d * floats);
   const bool shared = call.shares_panels(), parallel = call.flops(layer) >= SERIAL_FLOPS;
-  const int64_t groups = call.groups(parallel);
+  const int64_t groups = call.groups(parallel), steps = call.rows.steps();
+  const bool at_once = groups == 1 && steps * call.batch <= rows_ahead(isa, call);
+  for (int64_t d = 0; d < call.directions; ++d)
+    pack_cell(isa, layer * call.directions + d, cells[d], packed + d * floats, at_once || steps <= 1, steps <= 1);
   spread(parallel && !shared, call.directions * groups, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       std::vector<int64_t> mine;
@@ -211,49 +311,65 @@ void zero_padding(const Call& call, Grid grid, int64_t features) {
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// The directions of one layer, x its input and y its output. c_all and kept may be empty.
+std::vector<Cell> cells_of(const Call& call, int64_t layer, const Grid& x, const Grid& y, const Outputs& all) {
+  const auto& [output, h_n, c_n, inner, c_all, kept] = all;
+  const auto at = [](const Tensor& tensor, int64_t offset) {
+    return tensor.numel() == 0 ? nullptr : const_cast<float*>(tensor.const_data_ptr<float>()) + offset;
+  };
+  std::vector<Cell> cells;
+  for (int64_t d = 0; d < call.directions; ++d) {
+    const int64_t index = layer * call.directions + d, rows = index * call.batch, places = index * call.positions;
+    Cell cell{call, call.layer_inputs(layer), d == 1};
+    cell.x = x;
+    cell.out = y.from(d * call.states);
+    cell.c = call.grid(at(c_all, places * call.hidden), call.hidden);
+    cell.kept = call.grid(at(kept, places * call.kept * call.hidden), call.kept * call.hidden);
+    cell.h0 = call.h0.const_data_ptr<float>() + rows * call.states;
+    cell.c0 = call.c0 ? call.c0->const_data_ptr<float>() + rows * call.hidden : nullptr;
+    cell.h_n = at(h_n, rows * call.states), cell.c_n = at(c_n, rows * call.hidden);
+    cell.mask = call.recurrent_mask(index);
+    cell.zone_h = call.zones_h(index), cell.zone_c = call.zones_c(index);
+    cells.push_back(cell);
+  }
+  return cells;
+}
+
 // (output, h_n, c_n, inner: the outputs of all layers but the last, c_all and what each step keeps for the backward).
 Outputs forward(const Tensor& input, const Tensor& h0, const std::optional<Tensor>& c0,
                 const std::optional<Tensor>& lengths, const std::optional<Tensor>& resets,
                 const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& masks,
-                const std::vector<Tensor>& params, const std::string& mode, bool has_biases, bool bidirectional,
-                bool keep_states, bool keep_gates) {
-  const Call call({input, h0, c0, lengths, resets, batch_sizes, masks, params, mode, has_biases, bidirectional});
-  const int64_t hidden = call.hidden, state = call.batch * hidden, kept = kept_of(call.kind);
-  const bool lstm = call.kind == LSTM, keeps_c = lstm && keep_states, keeps = keep_gates && kept > 0;
-  const auto places = [&](int64_t first, std::initializer_list<int64_t> last) {
+                const std::optional<Tensor>& recurrent_masks, const std::optional<Tensor>& zone_h,
+                const std::optional<Tensor>& zone_c, const std::vector<Tensor>& params, const std::string& mode,
+                bool has_biases, bool bidirectional, double zoneout_h, double zoneout_c, bool keep_states,
+                bool keep_gates) {
+  const Call call({input, h0, c0, lengths, resets, batch_sizes, masks, params, mode, has_biases, bidirectional,
+                   {recurrent_masks, zone_h, zone_c, zoneout_h, zoneout_c}});
+  const int64_t hidden = call.hidden, cells = call.cells();
+  const auto places = [&](bool wanted, int64_t first, std::initializer_list<int64_t> last) {
+    if (!wanted) return call.empty({0});
     std::vector<int64_t> shape = {first};
     shape.insert(shape.end(), call.shape.begin(), call.shape.end() - 1);
     shape.insert(shape.end(), last);
-    return shape;
+    return call.empty(shape);
   };
-  Tensor output = call.empty(call.shape), h_n = call.empty({call.cells(), call.batch, hidden});
-  Tensor c_n = lstm ? call.empty({call.cells(), call.batch, hidden}) : call.empty({0});
-  Tensor inner = keep_states ? call.empty(places(call.layers - 1, {call.width})) : call.empty({0});
-  Tensor c_all = keeps_c ? call.empty(places(call.cells(), {hidden})) : call.empty({0});
-  Tensor gates = keeps ? call.empty(places(call.cells(), {kept, hidden})) : call.empty({0});
+  const bool lstm = call.kind == LSTM;
+  const Outputs found = {call.empty(call.shape), call.empty({cells, call.batch, call.states}),
+                         call.empty(lstm ? std::vector{cells, call.batch, hidden} : std::vector{int64_t{0}}),
+                         places(keep_states, call.layers - 1, {call.width}),
+                         places(lstm && keep_states, cells, {hidden}),
+                         places(keep_gates && call.kept > 0, cells, {call.kept, hidden})};
   Tensor x = call.input;
   for (int64_t layer = 0; layer < call.layers; ++layer) {
     const bool last = layer + 1 == call.layers;
-    Tensor y = last ? output : keep_states ? stable::select(inner, 0, layer) : call.empty(call.shape);
-    std::vector<Cell> cells;
-    for (int64_t d = 0; d < call.directions; ++d) {
-      const int64_t at = layer * call.directions + d;
-      Cell cell{call, call.layer_inputs(layer), d == 1, nullptr, nullptr, nullptr, nullptr, call.grid(x)};
-      cell.out = call.grid(y).from(d * hidden);
-      if (keeps_c) cell.c = call.grid(c_all.const_data_ptr<float>() + at * call.positions * hidden, hidden);
-      const int64_t place = kept * hidden;
-      if (keeps) cell.kept = call.grid(gates.const_data_ptr<float>() + at * call.positions * place, place);
-      cell.h0 = call.h0.const_data_ptr<float>() + at * state;
-      cell.c0 = lstm ? call.c0->const_data_ptr<float>() + at * state : nullptr;
-      cell.h_n = h_n.mutable_data_ptr<float>() + at * state;
-      cell.c_n = lstm ? c_n.mutable_data_ptr<float>() + at * state : nullptr;
-      cells.push_back(cell);
-    }
-    run_layer(choose_isa(), call, layer, cells);
+    Tensor y = last ? std::get<0>(found)
+                    : keep_states ? stable::select(std::get<3>(found), 0, layer) : call.empty(call.shape);
+    std::vector<Cell> directions = cells_of(call, layer, call.grid(x), call.grid(y), found);
+    run_layer(choose_isa(), call, layer, directions);
     if (lengths && (last || keep_states)) zero_padding(call, call.grid(y), call.width);
-    for (const Cell& cell : cells) {
-      if (lengths && keeps_c) zero_padding(call, cell.c, hidden);
-      if (lengths && keeps) zero_padding(call, cell.kept, kept * hidden);
+    for (const Cell& cell : directions) {
+      if (lengths && cell.c.data) zero_padding(call, cell.c, hidden);
+      if (lengths && cell.kept.data) zero_padding(call, cell.kept, call.kept * hidden);
     }
     x = y;
     if (!last && masks) {
@@ -262,7 +378,7 @@ Outputs forward(const Tensor& input, const Tensor& h0, const std::optional<Tenso
     }
   }
   packed_scratch.trim();
-  return {output, h_n, c_n, inner, c_all, gates};
+  return found;
 }
 
 }  // namespace

@@ -78,4 +78,61 @@ static __attribute__((noinline)) void finish_back(const Floats* product, const B
   }
 }
 
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+
+// Lanes that are all ones where `from` is true.
+FUSED_OPS_INLINE Ints where(const bool* from, int64_t left) {
+  Bytes bytes = {};
+  if (left >= LANES) __builtin_memcpy(&bytes, from, LANES);
+  else __builtin_memcpy(&bytes, from, left);
+  return __builtin_convertvector(bytes, Ints) != 0;
+}
+
+static void zone(const Zone& zone, const float* before, float* state, int64_t count) {
+  for (int64_t unit = 0; unit < count; unit += LANES) {
+    const int64_t left = count - unit;
+    const Floats old = load(before + unit, left), now = load(state + unit, left);
+    const Floats then = zone.keep == nullptr ? zone.share * old + (1.0f - zone.share) * now
+                                             : (where(zone.keep + unit, left) ? old : now);
+    store(state + unit, then, left);
+  }
+}
+
+static void split(const Split& job, int64_t count) {
+  for (int64_t unit = 0; unit < count; unit += LANES) {
+    const int64_t left = count - unit;
+    Floats total = optional(job.product, unit, left);
+    if (job.mask != nullptr) total *= load(job.mask + unit, left);
+    total += optional(job.carried, unit, left);
+    total += optional(job.grad, unit, left);
+    total += optional(job.grad_all, unit, left);
+    if (job.kept == nullptr) {
+      store(job.rest + unit, total, left);
+    } else if (job.zone.keep == nullptr) {
+      store(job.rest + unit, (1.0f - job.zone.share) * total, left);
+      store(job.kept + unit, job.zone.share * total, left);
+    } else {
+      const Ints keep = where(job.zone.keep + unit, left);
+      store(job.rest + unit, keep ? Floats{} : total, left);
+      store(job.kept + unit, keep ? total : Floats{}, left);
+    }
+  }
+}
+
+static void times(float* to, const float* a, const float* b, int64_t count) {
+  for (int64_t unit = 0; unit < count; unit += LANES)
+    store(to + unit, load(a + unit, count - unit) * load(b + unit, count - unit), count - unit);
+}
+
+// c~ = f·c + i·g of an LSTM's step and, if wanted, o·tanh(c~), from what it kept.
+static void recall(const float* kept, const float* c_before, float* c, float* h, int64_t count) {
+  for (int64_t unit = 0; unit < count; unit += LANES) {
+    const int64_t left = count - unit;
+    const auto value = [&](int i) { return load(kept + i * count + unit, left); };
+    const Floats now = value(1) * load(c_before + unit, left) + value(0) * value(2);
+    store(c + unit, now, left);
+    if (h != nullptr) store(h + unit, value(3) * hyperbolic_tangent(now), left);
+  }
+}
+
 }  // namespace fused_ops::rnn::FUSED_OPS_ISA

@@ -11,8 +11,9 @@ constexpr int KINDS = 4;
 // Rows of W_ih and W_hh for each unit.
 constexpr int gates_of(int kind) { return kind == LSTM ? 4 : kind == GRU ? 3 : 1; }
 
-// What a step keeps for its derivative, [value][unit]: GRU W_hn·h + b_hn, r, z, n; LSTM i, f, g, o; else h does.
-constexpr int kept_of(int kind) { return kind >= GRU ? 4 : 0; }
+// What a step keeps for its derivative, [value][unit]: GRU W_hn·h + b_hn, r, z, n; LSTM i, f, g, o; else h does, or
+// where zoneout changes it, h before that.
+constexpr int kept_of(int kind, bool zoned) { return kind >= GRU ? 4 : zoned; }
 
 // A step's slopes, [slope][unit]: the derivatives of the loss by its gates before their activation; for the GRU by
 // W_hn·h + b_hn, r, z, n. The products with W_hh have the first `gates_of`, those with W_ih the last.
@@ -30,6 +31,7 @@ struct Projection {
 };
 
 struct StepRow {
+  const float* fed;       // h as the product takes it: masked, if there is a mask
   const float *h, *c;     // the states before the step; c of an LSTM
   float *h_out, *c_out;
   float* kept;            // null if no derivative will be asked for
@@ -39,7 +41,7 @@ struct StepRow {
 // One step of some rows.
 struct Step {
   const StepRow* rows;
-  int64_t count, hidden;
+  int64_t count, hidden, states;  // states: h's size, an LSTM's hidden or what that is projected to
   const float* weights;
   const float* bias;  // [panel][lane], the GRU's b_hn
   const float* gates;
@@ -64,6 +66,20 @@ struct BackStep {
   int64_t inputs;        // k: gates·hidden, or 0 when all rows are cut
 };
 
+// Zoneout (Krueger et al. 2016, eq. 3-4): a state keeps its old value where `keep`, or without it a share of it.
+struct Zone {
+  const bool* keep = nullptr;
+  float share = 0.0f;
+};
+
+// The derivative by a state, product·mask + carried + grad + grad_all: what zoneout hands to the state before goes to
+// `kept` (if not null), the rest to `rest`. Null pointers are zeros, a null mask ones.
+struct Split {
+  const float *product, *mask, *carried, *grad, *grad_all;
+  Zone zone;
+  float *rest, *kept;
+};
+
 // out[row] (+)= rows[row]·W.
 struct Product {
   const float* const* rows;
@@ -73,14 +89,17 @@ struct Product {
   bool add;
 };
 
-// out += left^T·right, a weight's gradient: the sum over tokens of slopes times inputs.
+// out (+)= left^T·right, a weight's gradient: the sum over tokens of slopes times inputs.
 struct Outer {
   const float* left;   // packed, [slope][block][token][row]
   const float* right;  // packed, [panel][token][lane]
   int64_t tokens, hidden, columns;
   int gates, rotate;   // slope i is of the weight's gate (i + rotate) % gates
   float* out;          // (gates·hidden, columns)
+  bool add = true;
 };
+
+struct NormKernels;  // norm.h
 
 struct Isa {
   int lanes, block;  // a panel's and a left block's width
@@ -100,8 +119,14 @@ struct Isa {
   void (*step[KINDS])(const Step& job, int64_t begin, int64_t end);
   void (*back[KINDS])(const BackStep& job, int64_t begin, int64_t end);
   void (*product)(const Product& job, int64_t begin, int64_t end);
+  // Pointwise, over `count` units of one row: state, which is h~, becomes h'; to = a·b; an LSTM's c~ and o·tanh(c~).
+  void (*zone)(const Zone& zone, const float* before, float* state, int64_t count);
+  void (*times)(float* to, const float* a, const float* b, int64_t count);
+  void (*split)(const Split& job, int64_t count);
+  void (*recall)(const float* kept, const float* c_before, float* c, float* h, int64_t count);
   void (*outer)(const Outer& job, int64_t begin, int64_t end);
   void (*sums)(const Outer& job, int64_t begin, int64_t end);
+  const NormKernels* norm;
 };
 
 // The best instruction set of this machine, or the one FUSED_OPS_CPU_ISA names (avx512, avx2, portable).

@@ -4,6 +4,7 @@
 
 #include "common/check.h"
 #include "rnn/isa.h"
+#include "rnn/norm.h"
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
 

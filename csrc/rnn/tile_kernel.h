@@ -71,14 +71,14 @@ struct StepTile {
     Floats acc[R][P][GATES];
     const float* rows[R];
     FUSED_OPS_UNROLL for (int r = 0; r < R; ++r) {
-      rows[r] = job.rows[row + r].h;
+      rows[r] = job.rows[row + r].fed;
       FUSED_OPS_UNROLL for (int p = 0; p < P; ++p) {
         const float* gi = gates(row + r, panel + p);
         FUSED_OPS_UNROLL for (int g = 0; g < GATES; ++g)
           acc[r][p][g] = load(KIND == GRU && g == 2 ? job.bias + (panel + p) * LANES : gi + g * LANES);
       }
     }
-    multiply<R, P, GATES>(rows, job.weights + panel * job.hidden * GATES * LANES, job.hidden, acc);
+    multiply<R, P, GATES>(rows, job.weights + panel * job.states * GATES * LANES, job.states, acc);
     for (int r = 0; r < R; ++r)
       for (int p = 0; p < P; ++p)
         finish_step<KIND>(acc[r][p], gates(row + r, panel + p), job.rows[row + r], (panel + p) * LANES, job.hidden);
@@ -212,7 +212,7 @@ static void outer_tile(const Outer& job, int64_t block, int64_t panel) {
       FUSED_OPS_UNROLL for (int p = 0; p < P; ++p) {
         float* to = out + r * job.columns + p * LANES;
         const int64_t count = job.columns - (panel + p) * LANES;
-        store(to, load(to, count) + acc[r][p], count);
+        store(to, job.add || begin > 0 ? load(to, count) + acc[r][p] : acc[r][p], count);
       }
   }
 }
@@ -243,7 +243,8 @@ static void sums(const Outer& job, int64_t begin, int64_t end) {
     for (int r = 0; r < ROWS && unit + r < job.hidden; ++r) {
       float total = 0.0f;
       for (int chain = 0; chain < CHAINS; ++chain) total += sum[chain][r];
-      job.out[gate * job.hidden + unit + r] += total;
+      float& out = job.out[gate * job.hidden + unit + r];
+      out = job.add ? out + total : total;
     }
   }
 }
@@ -256,7 +257,7 @@ constexpr Isa isa = {
     {project<TANH>, project<TANH>, project<GRU>, project<LSTM>},
     {step<TANH>, step<RELU>, step<GRU>, step<LSTM>},
     {back<TANH>, back<RELU>, back<GRU>, back<LSTM>},
-    product, outer, sums,
+    product, zone, times, split, recall, outer, sums, &norm_kernels,
 };
 
 }  // namespace fused_ops::rnn::FUSED_OPS_ISA

@@ -29,6 +29,16 @@ def capability(index: int) -> tuple[int, int] | None:
 
 
 @traced_as_constant
+def chip(index: int) -> tuple[int, int, int]:
+    """(multiprocessors, bytes of shared memory that a block may have, 90 for compute capability 9.0) of GPU `index`; an
+    H200's where there is none, as the emulator has it."""
+    if not torch.cuda.is_available():
+        return 132, 227 * 1024, 90
+    found = torch.cuda.get_device_properties(index)
+    return found.multi_processor_count, found.shared_memory_per_block_optin, 10 * found.major + found.minor
+
+
+@traced_as_constant
 def architecture_missing(index: int) -> str | None:
     """Why `_C.so` holds no machine code for GPU `index`, or None."""
     found = capability(index)

@@ -348,7 +348,8 @@ def explain(fn: Callable, *args, **kwargs) -> Explanation:
     global _explaining
     outer, _explaining = _explaining, True
     try:
-        fn(*args, **kwargs)
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+            fn(*args, **kwargs)
     except _Explained as found:
         return found.explanation
     finally:

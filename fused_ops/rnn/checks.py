@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fused_ops.core.errors import ArgumentError
+from fused_ops.rnn.noise import Noise
 from fused_ops.rnn.op import check_lengths
 from fused_ops.rnn.reference import Static, Tensors
 
@@ -25,9 +26,23 @@ def _shape(name: str, value: Tensor, wanted: tuple, meaning: str = "") -> None:
         raise ArgumentError(name, f"of shape {tuple(wanted)}{meaning}", f"{tuple(value.shape)}")
 
 
-def check_dropout(dropout: float) -> None:
-    if not 0.0 <= dropout <= 1.0:
-        raise ArgumentError("dropout", "between 0 and 1", dropout)
+def check_noise(noise: Noise, static: Static) -> None:
+    for name in ("dropout", "weight_dropout", "variational_dropout"):
+        _probability(name, getattr(noise, name))
+    if not isinstance(noise.zoneout, (tuple, list)):
+        return _probability("zoneout", noise.zoneout)
+    if not static.is_lstm or len(noise.zoneout) != 2:
+        wanted = "a number, or a pair of numbers (for h, for c)" if static.is_lstm else "a number"
+        raise ArgumentError("zoneout", wanted, noise.zoneout)
+    for i, p in enumerate(noise.zoneout):
+        _probability(f"zoneout[{i}]", p)
+
+
+def _probability(name: str, p: float) -> None:
+    if not isinstance(p, (int, float)) or isinstance(p, bool):
+        raise TypeError(f"{name} must be a number, got {type(p).__name__}")
+    if not 0.0 <= p <= 1.0:
+        raise ArgumentError(name, "between 0 and 1", p)
 
 
 def check_sequence(tensors: Tensors, params: tuple, static: Static) -> None:
@@ -72,7 +87,7 @@ def _check_lengths(lengths: Tensor, input: Tensor) -> None:
 def _check_params(input: Tensor, params: tuple, static: Static) -> tuple[int, int]:
     """(hidden size, size of h), which the first cell's weights say and all others must agree with."""
     cells = static.num_layers * static.directions
-    per_cell = 4 if static.has_biases else 2
+    per_cell = (4 if static.has_biases else 2) + static.norms
     allowed = (per_cell, per_cell + 1) if static.is_lstm else (per_cell,)
     if cells < 1:
         raise ArgumentError("num_layers", "at least 1", static.num_layers)
@@ -86,12 +101,18 @@ def _check_params(input: Tensor, params: tuple, static: Static) -> tuple[int, in
         raise ArgumentError("params[0]", f"({static.gates}·hidden, {input.size(-1)})", f"{tuple(params[0].shape)}")
     rows = params[0].size(0)
     hidden = rows // static.gates
-    projected = params[per_cell - 1].size(0) if has_projection else hidden
+    projected = hidden
+    if has_projection:
+        w_hr = per_cell - static.norms - 1
+        if params[w_hr].dim() != 2:
+            raise ArgumentError(f"params[{w_hr}]", f"(projected, {hidden})", f"{tuple(params[w_hr].shape)}")
+        projected = params[w_hr].size(0)
     for cell in range(cells):
         features = input.size(-1) if cell < static.directions else projected * static.directions
         wanted = [(rows, features), (rows, projected)]
         wanted += [(rows,), (rows,)] if static.has_biases else []
         wanted += [(projected, hidden)] if has_projection else []
+        wanted += [(rows,), (rows,), (hidden,), (hidden,)][: static.norms]
         for i, shape in enumerate(wanted, cell * per_cell):
             if params[i].shape != shape:
                 raise ArgumentError(f"params[{i}]", f"of shape {shape}", f"{tuple(params[i].shape)}")

@@ -3,8 +3,10 @@
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from fused_ops.core.errors import ArgumentError
+from fused_ops.core.errors import EXPLAINED, ArgumentError
 from fused_ops.rnn import functional
+from fused_ops.rnn.checks import check_noise
+from fused_ops.rnn.noise import Noise
 from fused_ops.rnn.reference import Static
 
 _FUNCTIONS = {
@@ -15,8 +17,65 @@ _FUNCTIONS = {
 }
 
 
+_EXTRAS = {"layer_norm": False, "zoneout": 0.0, "weight_dropout": 0.0, "variational_dropout": 0.0}
+
+
 class _Recurrent(nn.RNNBase):
     """What RNN, GRU and LSTM share; from RNNBase, because Dynamo refuses every instance of torch.nn's three."""
+
+    # Also those of a torch.nn module that became one of these by a change of class.
+    layer_norm = False
+    zoneout = weight_dropout = variational_dropout = 0.0
+
+    def __init__(self, *args, layer_norm=False, zoneout=0.0, weight_dropout=0.0, variational_dropout=0.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.layer_norm, self.zoneout = layer_norm, zoneout
+        self.weight_dropout, self.variational_dropout = weight_dropout, variational_dropout
+        check_noise(self._noise(), self._static())
+        if layer_norm:
+            self._add_norms()
+
+    def _add_norms(self) -> None:
+        """norm_ih, norm_hh[, norm_c, bias_c] of each cell, after its other parameters."""
+        sizes = {"norm_ih": self.weight_ih_l0.size(0), "norm_hh": self.weight_ih_l0.size(0)}
+        if self.mode == "LSTM":
+            sizes |= {"norm_c": self.hidden_size, "bias_c": self.hidden_size}
+        names = []
+        for cell in self._all_weights:
+            suffix = cell[0].removeprefix("weight_ih")
+            for name, size in sizes.items():
+                setattr(self, name + suffix, nn.Parameter(self.weight_ih_l0.new_empty(size)))
+            names.append([*cell, *(name + suffix for name in sizes)])
+        self._all_weights = names
+        self._flat_weights_names = [name for cell in names for name in cell]
+        self._parameters = {name: self._parameters[name] for name in self._flat_weights_names}
+        self._init_flat_weights()
+        self._reset_norms()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._reset_norms()
+
+    def _reset_norms(self) -> None:
+        for name, param in self.named_parameters(recurse=False):
+            if name.startswith(("norm_", "bias_c_")):
+                nn.init.constant_(param, float(name.startswith("norm_")))
+
+    def flatten_parameters(self) -> None:
+        """As torch.nn's, for cuDNN, which knows no layer norm."""
+        if not self.layer_norm:
+            super().flatten_parameters()
+
+    def extra_repr(self) -> str:
+        extras = [f"{name}={getattr(self, name)}" for name, off in _EXTRAS.items() if getattr(self, name) != off]
+        return ", ".join([super().extra_repr(), *extras])
+
+    def _static(self) -> Static:
+        name = _FUNCTIONS[self.mode].__name__
+        return Static(name, self.bias, self.num_layers, self.bidirectional, layer_norm=self.layer_norm)
+
+    def _noise(self) -> Noise:
+        return Noise(self.training, self.dropout, self.zoneout, self.weight_dropout, self.variational_dropout)
 
     def forward(
         self,
@@ -57,10 +116,12 @@ class _Recurrent(nn.RNNBase):
             resets = resets if resets is None else resets.unsqueeze(axis)
             lengths = lengths if lengths is None else lengths.reshape(-1)
         hx = self._states(input, input.size(axis)) if hx is None else hx
-        self.check_forward_args(input, hx, None)
-        output, *states = self._function(
-            input, hx, batch_first=self.batch_first, lengths=lengths, resets=resets, return_all_states=return_all_states
-        )
+        how = {"lengths": lengths, "resets": resets, "return_all_states": return_all_states}
+        try:
+            output, *states = self._function(input, hx, batch_first=self.batch_first, **how)
+        except EXPLAINED:
+            self.check_forward_args(input, hx, None)  # in torch's words, if it would have refused
+            raise
         if not batched:
             count = 2 if self.mode == "LSTM" else 1
             output = output.squeeze(axis)
@@ -71,16 +132,16 @@ class _Recurrent(nn.RNNBase):
         batch_first = keywords.pop("batch_first")
         return _FUNCTIONS[self.mode](
             input, hx, self._weights(), self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
-            batch_first, **keywords,
+            batch_first, layer_norm=self.layer_norm, zoneout=self.zoneout, weight_dropout=self.weight_dropout,
+            variational_dropout=self.variational_dropout, **keywords,
         )  # fmt: skip
 
     def _packed(self, input: PackedSequence, hx):
         data, batch_sizes, sorted_indices, unsorted_indices = input
         hx = self._states(data, int(batch_sizes[0])) if hx is None else self.permute_hidden(hx, sorted_indices)
         self.check_forward_args(data, hx, batch_sizes)
-        static = Static(_FUNCTIONS[self.mode].__name__, self.bias, self.num_layers, self.bidirectional)
-        dropout = self.dropout if self.training else 0.0
-        output, *states = functional.packed_sequence(data, batch_sizes, hx, self._weights(), static, dropout)
+        weights, static, noise = self._weights(), self._static(), self._noise()
+        output, *states = functional.packed_sequence(data, batch_sizes, hx, weights, static, noise)
         output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         hidden = tuple(states) if self.mode == "LSTM" else states[0]
         return output, self.permute_hidden(hidden, unsorted_indices)
@@ -129,7 +190,11 @@ class _Recurrent(nn.RNNBase):
 
 
 class RNN(_Recurrent):
-    """`torch.nn.RNN`, h_t = tanh(W_ih·x_t + b_ih + W_hh·h_{t−1} + b_hh) or ReLU; see `fused_ops.rnn_tanh`."""
+    """`torch.nn.RNN`, h_t = tanh(W_ih·x_t + b_ih + W_hh·h_{t−1} + b_hh) or ReLU; see `fused_ops.rnn_tanh`.
+
+    Keyword-only beside torch's: layer_norm, zoneout, weight_dropout, variational_dropout. With layer_norm the
+    parameters norm_ih_l{k}[_reverse] and norm_hh_l{k}[_reverse] (gates·hidden,) start as ones.
+    """
 
     def __init__(self, *args, **kwargs):
         _refuse_projection(kwargs)
@@ -143,7 +208,7 @@ class RNN(_Recurrent):
 
 
 class GRU(_Recurrent):
-    """`torch.nn.GRU`, h_t = (1 − z)·n + z·h_{t−1}; see `fused_ops.gru`."""
+    """`torch.nn.GRU`, h_t = (1 − z)·n + z·h_{t−1}; see `fused_ops.gru`. Further arguments as for `RNN`."""
 
     def __init__(self, *args, **kwargs):
         _refuse_projection(kwargs)
@@ -151,7 +216,11 @@ class GRU(_Recurrent):
 
 
 class LSTM(_Recurrent):
-    """`torch.nn.LSTM`, c_t = f·c_{t−1} + i·g, h_t = o·tanh(c_t); see `fused_ops.lstm`."""
+    """`torch.nn.LSTM`, c_t = f·c_{t−1} + i·g, h_t = o·tanh(c_t); see `fused_ops.lstm`.
+
+    Further arguments as for `RNN`; zoneout may be a pair (for h, for c), and layer_norm also adds the parameters
+    norm_c_l{k}[_reverse], ones, and bias_c_l{k}[_reverse], zeros (hidden,).
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__("LSTM", *args, **kwargs)

@@ -61,15 +61,8 @@ def _reference_forward(*call):
 _opaque = with_reference_gradient(_reference_forward, rnn_bwd_reference, reference.sequence)
 
 
-def _with_masks(tensors: Tensors, static: Static, dropout: float) -> Tensors:
-    if dropout == 0.0:
-        return tensors
-    width = tensors.h0.size(-1) * static.directions
-    return tensors._replace(masks=reference.dropout_masks(tensors.input, width, static.num_layers, dropout))
-
-
 def sequence_reference(tensors: Tensors, params: tuple, static: Static, dropout: float):
-    tensors = _with_masks(tensors, static, dropout)
+    tensors = reference.with_masks(tensors, static, dropout)
     if torch.compiler.is_compiling():
         return _opaque((*tensors, *params), tuple(static))
     return reference.sequence(*tensors, *params, *static)
@@ -78,30 +71,33 @@ def sequence_reference(tensors: Tensors, params: tuple, static: Static, dropout:
 # What both directions of the C++ sequences take: the tensors of a call, and how to read them.
 _CPU_CALL = (
     "Tensor input, Tensor h0, Tensor? c0, Tensor? lengths, Tensor? resets, Tensor? batch_sizes, Tensor? masks,"
-    " Tensor[] params"
+    " Tensor? recurrent_masks, Tensor? zone_h, Tensor? zone_c, Tensor[] params"
 )
-_CPU_STATIC = "str mode, bool has_biases, bool bidirectional"
+_CPU_STATIC = "str mode, bool has_biases, bool bidirectional, float zoneout_h, float zoneout_c"
 
 
 def _rnn_fwd_cpu_fake(
-    input, h0, c0, lengths, resets, batch_sizes, masks, params, mode, biases, bidirectional, keep_states, keep_gates
-):
+    input, h0, c0, lengths, resets, batch_sizes, masks, recurrent_masks, zone_h, zone_c, params,
+    mode, has_biases, bidirectional, zoneout_h, zoneout_c, keep_states, keep_gates,
+):  # fmt: skip
     directions = 2 if bidirectional else 1
-    cells, _, hidden = h0.shape
+    cells, _, states = h0.shape
     places = input.shape[:-1]
-    output = (*places, directions * hidden)
-    lstm, gated = mode == "lstm", mode in ("gru", "lstm")
+    output = (*places, directions * states)
+    lstm = c0 is not None
+    hidden = c0.size(-1) if lstm else states
+    kept = 4 if mode in ("gru", "lstm") else int(zone_h is not None or zoneout_h != 0.0)
     return (
         input.new_empty(output),
         input.new_empty(h0.shape),
-        input.new_empty(h0.shape if lstm else 0),
+        input.new_empty(c0.shape if lstm else 0),
         input.new_empty((cells // directions - 1, *output) if keep_states else 0),
         input.new_empty((cells, *places, hidden) if lstm and keep_states else 0),
-        input.new_empty((cells, *places, 4, hidden) if gated and keep_gates else 0),
+        input.new_empty((cells, *places, kept, hidden) if kept and keep_gates else 0),
     )
 
 
-# inner: the outputs of all layers but the last. kept: what each step's gates were.
+# inner: the outputs of all layers but the last. kept: what each step's gates were, or h before zoneout.
 define(
     f"rnn_fwd_cpu({_CPU_CALL}, {_CPU_STATIC}, bool keep_states, bool keep_gates)"
     " -> (Tensor output, Tensor h_n, Tensor c_n, Tensor inner, Tensor c_all, Tensor kept)",
@@ -110,13 +106,14 @@ define(
 
 
 def _rnn_bwd_cpu_fake(
-    grad_output, grad_h_n, grad_c_n, grad_h_all, grad_c_all, input, h0, c0, lengths, resets, batch_sizes, masks, params,
-    output, inner, c_all, kept, mode, has_biases, bidirectional, need_input, need_params,
+    grad_output, grad_h_n, grad_c_n, grad_h_all, grad_c_all, input, h0, c0, lengths, resets, batch_sizes, masks,
+    recurrent_masks, zone_h, zone_c, params, output, inner, c_all, kept, mode, has_biases, bidirectional,
+    zoneout_h, zoneout_c, need_input, need_params,
 ):  # fmt: skip
     return [
         input.new_empty(input.shape if need_input else 0),
         input.new_empty(h0.shape),
-        input.new_empty(h0.shape if mode == "lstm" else 0),
+        input.new_empty(0 if c0 is None else c0.shape),
         *(input.new_empty(param.shape) for param in (params if need_params else ())),
     ]
 
@@ -130,17 +127,35 @@ define(
 )
 
 
+def widened(tensors, dtype: torch.dtype) -> list:
+    """Those of `dtype` in float32 if it is a half type: the kernels compute in it, and keep what the backward needs."""
+    if dtype.itemsize != 2:
+        return list(tensors)
+    return [t.float() if t is not None and t.dtype == dtype else t for t in tensors]
+
+
+def narrowed(tensors, dtype: torch.dtype) -> tuple:
+    """All in `dtype` if it is a half type."""
+    return tuple([t.to(dtype) for t in tensors]) if dtype.itemsize == 2 else tuple(tensors)
+
+
+def _cpu_static(static: Static) -> tuple:
+    return static.mode, static.has_biases, static.bidirectional, static.zoneout_h, static.zoneout_c
+
+
 def _cpu_forward(call, keep: bool) -> tuple[tuple, tuple]:
     """What the public function returns of a flat call, and what its backward needs beside the call."""
     tensors, params, static = split(call)
-    how = (static.mode, static.has_biases, static.bidirectional, keep or static.all_states, keep)
-    output, h_n, c_n, inner, c_all, kept = ops.rnn_fwd_cpu(*tensors, list(params), *how)
+    dtype = tensors.input.dtype
+    output, h_n, c_n, inner, c_all, kept = ops.rnn_fwd_cpu(
+        *widened(tensors, dtype), widened(params, dtype), *_cpu_static(static), keep or static.all_states, keep
+    )
     found = (output, h_n, c_n) if static.is_lstm else (output, h_n)
     if static.all_states:
         outputs = torch.cat((inner, output[None])).unflatten(-1, (static.directions, -1))
         h_all = outputs.movedim(-2, 1).flatten(0, 1)
         found = (*found, h_all, c_all) if static.is_lstm else (*found, h_all)
-    return found, (output, inner, c_all, kept)
+    return narrowed(found, dtype), (output, inner, c_all, kept)
 
 
 class _CpuSequence(torch.autograd.Function):
@@ -164,20 +179,22 @@ class _CpuSequence(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return None, *[None for _ in needs]
         tensors, params, static = split(call)
-        grad_output, grad_h_n, *rest = grads
+        dtype = tensors.input.dtype
+        grad_output, grad_h_n, *rest = widened(grads, dtype)
         grad_c_n = rest.pop(0) if static.is_lstm else None
         grad_h_all, grad_c_all = (*rest, None, None)[:2]
         head = len(tensors)
         found = ops.rnn_bwd_cpu(
-            grad_output, grad_h_n, grad_c_n, grad_h_all, grad_c_all, *tensors, list(params), output, inner, c_all, kept,
-            static.mode, static.has_biases, static.bidirectional, needs[0], any(needs[head:]),
+            grad_output, grad_h_n, grad_c_n, grad_h_all, grad_c_all, *widened(tensors, dtype), widened(params, dtype),
+            output, inner, c_all, kept, *_cpu_static(static), needs[0], any(needs[head:]),
         )  # fmt: skip
+        found = narrowed(found, dtype)
         every = (*found[:3], *[None for _ in range(head - 3)], *(found[3:] or [None for _ in params]))
         return None, *[grad if need else None for grad, need in zip(every, needs, strict=True)]
 
 
 def sequence_cpu(tensors: Tensors, params: tuple, static: Static, dropout: float):
-    tensors = _with_masks(tensors, static, dropout)
+    tensors = reference.with_masks(tensors, static, dropout)
     inputs = (*tensors, *params)
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs]):
         return _CpuSequence.apply(tuple(static), *(distinct(inputs) if torch.compiler.is_compiling() else inputs))

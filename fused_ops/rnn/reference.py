@@ -4,8 +4,10 @@ A sequence is a flat call, so that `core.autograd` can differentiate it:
 
     input (T, B, I), or packed (total, I) with batch_sizes (T,)      h0 (layers·directions, B, h)      c0 or None
     lengths (B,) or None      resets (T, B) bool or None      batch_sizes or None
-    masks: inter-layer dropout, scaled, (layers - 1, *shape of a layer's output) or None
-    *params, in torch.nn order      *static, see `Static`
+    masks: what a layer's output is multiplied by, (layers - 1, *shape of a layer's output) or None
+    recurrent_masks: what h is multiplied by where it enters W_hh, (layers·directions, B, h) or None
+    zone_h, zone_c: where a step keeps the state it had, (layers·directions, T, B, h), or packed, bool or None
+    *params, in torch.nn order, each cell's followed by its layer norms', see `Weights`      *static, see `Static`
 
 and its result is (output, h_n[, c_n][, h_all[, c_all]]).
 """
@@ -19,15 +21,23 @@ from torch import Tensor
 
 from fused_ops.core.autograd import twice_differentiable
 
+EPS = 1e-5  # of a layer norm
+
 
 class Static(NamedTuple):
-    """What a sequence call holds beside its tensors. `mode` is the public function's name."""
+    """What a sequence call holds beside its tensors. `mode` is the public function's name.
+
+    zoneout_h, zoneout_c: how much of its old state a step keeps in expectation, where there is no zone_h or zone_c.
+    """
 
     mode: str
     has_biases: bool = True
     num_layers: int = 1
     bidirectional: bool = False
     all_states: bool = False
+    zoneout_h: float = 0  # an int: Dynamo would take 0.0 for a symbol, and trace twice
+    zoneout_c: float = 0
+    layer_norm: bool = False
 
     @property
     def directions(self) -> int:
@@ -41,8 +51,16 @@ class Static(NamedTuple):
     def gates(self) -> int:
         return {"gru": 3, "lstm": 4}.get(self.mode, 1)
 
+    @property
+    def norms(self) -> int:
+        """Parameters of a cell's layer norms."""
+        return (4 if self.is_lstm else 2) if self.layer_norm else 0
 
-STATIC = "str mode, bool has_biases, int num_layers, bool bidirectional, bool all_states"
+
+STATIC = (
+    "str mode, bool has_biases, int num_layers, bool bidirectional, bool all_states, float zoneout_h, float zoneout_c,"
+    " bool layer_norm"
+)
 
 
 class Tensors(NamedTuple):
@@ -55,6 +73,23 @@ class Tensors(NamedTuple):
     resets: Tensor | None = None
     batch_sizes: Tensor | None = None
     masks: Tensor | None = None
+    recurrent_masks: Tensor | None = None
+    zone_h: Tensor | None = None
+    zone_c: Tensor | None = None
+
+
+class Weights(NamedTuple):
+    """The parameters of one cell, in the order of a flat call: W_hr (LSTM) and the layer norms' where there are any."""
+
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None = None
+    b_hh: Tensor | None = None
+    w_hr: Tensor | None = None
+    norm_ih: Tensor | None = None
+    norm_hh: Tensor | None = None
+    norm_c: Tensor | None = None
+    bias_c: Tensor | None = None
 
 
 def split(call: Sequence) -> tuple[Tensors, tuple, Static]:
@@ -63,15 +98,44 @@ def split(call: Sequence) -> tuple[Tensors, tuple, Static]:
     return Tensors(*call[:head]), tuple(call[head:-tail]), Static(*call[-tail:])
 
 
+def weights_of(params: tuple, cell: int, static: Static) -> Weights:
+    """The parameters of one cell."""
+    per_cell = len(params) // (static.num_layers * static.directions)
+    w_ih, w_hh, *rest = params[cell * per_cell : (cell + 1) * per_cell]
+    biases = (rest.pop(0), rest.pop(0)) if static.has_biases else (None, None)
+    norms = rest[-static.norms :] if static.layer_norm else ()
+    return Weights(w_ih, w_hh, *biases, rest[0] if len(rest) > len(norms) else None, *norms)
+
+
+def zoned(tensors: Tensors, static: Static) -> bool:
+    """Whether there is zoneout, drawn or expected."""
+    drawn = tensors.zone_h is not None or tensors.zone_c is not None
+    return drawn or static.zoneout_h != 0.0 or static.zoneout_c != 0.0
+
+
+def torch_has_it(tensors: Tensors, static: Static) -> bool:
+    """Whether PyTorch's own op serves the call, `lengths` by way of its packed one."""
+    plain = tensors.resets is None and tensors.recurrent_masks is None
+    return plain and not (static.all_states or static.layer_norm or zoned(tensors, static))
+
+
 def sequence(*call) -> tuple[Tensor, ...]:
     """The whole call on PyTorch's own op, or on `maths` where it has none."""
     tensors, params, static = split(call)
-    if tensors.resets is None and not static.all_states:
+    if torch_has_it(tensors, static):
         if tensors.lengths is None:
             return _torch_sequence(tensors, params, static)
         if tensors.input.is_cpu and not torch._C._functorch.get_dynamic_layer_stack_depth():
             return _by_packing(tensors, params, static)
     return maths(*call)
+
+
+def with_masks(tensors: Tensors, static: Static, dropout: float) -> Tensors:
+    """The same with the masks of the dropout between layers, if there is any."""
+    if dropout == 0.0:
+        return tensors
+    width = tensors.h0.size(-1) * static.directions
+    return tensors._replace(masks=dropout_masks(tensors.input, width, static.num_layers, dropout))
 
 
 def dropout_masks(input: Tensor, width: int, num_layers: int, p: float) -> Tensor:
@@ -81,13 +145,14 @@ def dropout_masks(input: Tensor, width: int, num_layers: int, p: float) -> Tenso
 
 
 def _torch_sequence(tensors: Tensors, params: tuple, static: Static) -> tuple[Tensor, ...]:
-    input, h0, c0, _, _, batch_sizes, masks = tensors
+    input, h0, c0, _, _, batch_sizes, masks, *_ = tensors
 
     def fused(input, h0, c0, masks, *params):
         return _torch_layers(input, h0, c0, batch_sizes, masks, params, static)
 
     def double(input, h0, c0, masks, *params):
-        return maths(input, h0, c0, None, None, batch_sizes, masks, *params, *static)
+        plain = Tensors(input, h0, c0, batch_sizes=batch_sizes, masks=masks)
+        return maths(*plain, *params, *static)
 
     # On the CPU torch's own loops can be differentiated twice, and oneDNN's LSTM too, but for half types.
     if input.is_cpu and not (static.is_lstm and input.dtype.itemsize == 2):
@@ -124,7 +189,7 @@ def _torch_op(input, h0, c0, batch_sizes, params, static: Static) -> tuple[Tenso
 
 def _by_packing(tensors: Tensors, params: tuple, static: Static) -> tuple[Tensor, ...]:
     """`lengths` on PyTorch's packed op: rows sorted by length, those of length 0 left out, no padding touched."""
-    input, h0, c0, lengths, _, _, masks = tensors
+    input, h0, c0, lengths, _, _, masks, *_ = tensors
     lengths, order = lengths.sort(descending=True, stable=True)
     rows = int((lengths > 0).sum())
     if rows == 0:
@@ -156,25 +221,29 @@ def maths(*call) -> tuple[Tensor, ...]:
     tensors, params, static = split(call)
     dtype = tensors.input.dtype
     compute = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-    x, h0, c0, masks, *params = (
-        t if t is None else t.to(compute) for t in (tensors.input, tensors.h0, tensors.c0, tensors.masks, *params)
-    )
-    valid, packed = _valid(tensors), tensors.batch_sizes is not None
-    if packed:
-        x = _unpacked(x, valid)
-    elif valid is not None:
+    tensors = Tensors(*[t.to(compute) if t is not None and t.is_floating_point() else t for t in tensors])
+    params, valid, packed = tuple([t.to(compute) for t in params]), _valid(tensors), tensors.batch_sizes is not None
+
+    def padded(of_steps: Tensor) -> Tensor:
+        return _unpacked(of_steps, valid) if packed else of_steps
+
+    x = padded(tensors.input)
+    if valid is not None and not packed:
         x = x.masked_fill(~valid[..., None], 0.0)
-    per_cell = len(params) // (static.num_layers * static.directions)
     h_all, c_all, h_n, c_n = [], [], [], []
     for layer in range(static.num_layers):
-        if layer and masks is not None:
-            x = x * (_unpacked(masks[layer - 1], valid) if packed else masks[layer - 1])
+        if layer and tensors.masks is not None:
+            x = x * padded(tensors.masks[layer - 1])
         for direction in range(static.directions):
-            cell = layer * static.directions + direction
-            weights = params[cell * per_cell : (cell + 1) * per_cell]
-            state = (h0[cell], None if c0 is None else c0[cell])
-            hs, cs, h, c = _scan(x, state, weights, valid, tensors.resets, static, direction == 1)
-            h_all.append(hs), c_all.append(cs), h_n.append(h), c_n.append(c)
+            at = layer * static.directions + direction
+            h, c, mask, zone_h, zone_c = (
+                t if t is None else t[at]
+                for t in (tensors.h0, tensors.c0, tensors.recurrent_masks, tensors.zone_h, tensors.zone_c)
+            )
+            zones = (z if z is None else padded(z) for z in (zone_h, zone_c))
+            cell = _Cell(weights_of(params, at, static), static, direction == 1, valid, tensors.resets, mask, *zones)
+            for into, found in zip((h_all, c_all, h_n, c_n), _scan(x, h, c, cell)):
+                into.append(found)
         x = torch.cat(h_all[-static.directions :], -1)
     found = [x[valid] if packed else x, torch.stack(h_n)]
     if static.is_lstm:
@@ -200,37 +269,68 @@ def _unpacked(packed: Tensor, valid: Tensor) -> Tensor:
     return packed.new_zeros(*valid.shape, packed.size(-1)).index_put((valid,), packed)
 
 
-def _scan(x, state, weights, valid, resets, static: Static, reverse: bool):
-    """One direction of one layer: (h of every step, c of every step, last h, last c)."""
-    h, c = state
-    w_ih, w_hh, *rest = weights
-    b_ih, b_hh = rest[:2] if static.has_biases else (None, None)
-    w_hr = weights[-1] if len(rest) % 2 else None
-    gi = F.linear(x, w_ih, b_ih)
+class _Cell(NamedTuple):
+    """One direction of one layer: what its steps need beside input and state. valid, resets and zones are by step."""
+
+    weights: Weights
+    static: Static
+    reverse: bool
+    valid: Tensor | None
+    resets: Tensor | None
+    mask: Tensor | None
+    zone_h: Tensor | None
+    zone_c: Tensor | None
+
+
+def _scan(x, h, c, cell: _Cell):
+    """(h of every step, c of every step, last h, last c)."""
+    gi = _product(x, cell.weights.w_ih, cell.weights.norm_ih, cell.weights.b_ih)
     steps = range(x.size(0))
     hs, cs = [h] * len(steps), [c] * len(steps)
-    for t in reversed(steps) if reverse else steps:
+    for t in reversed(steps) if cell.reverse else steps:
         before = (h, c)
-        if resets is not None:
-            before = tuple(s if s is None else s.masked_fill(resets[t][:, None], 0.0) for s in before)
-        now = _step(gi[t], *before, w_hh, b_hh, w_hr, static)
-        if valid is None:
+        if cell.resets is not None:
+            before = tuple(s if s is None else s.masked_fill(cell.resets[t][:, None], 0.0) for s in before)
+        now = _step(gi[t], *before, cell, t)
+        if cell.valid is None:
             (h, c), (hs[t], cs[t]) = now, now
             continue
-        live = valid[t][:, None]
+        live = cell.valid[t][:, None]
         hs[t], cs[t] = (s if s is None else s.masked_fill(~live, 0.0) for s in now)
         h, c = (s if s is None else torch.where(live, s, old) for s, old in zip(now, (h, c)))
     return torch.stack(hs), None if c is None else torch.stack(cs), h, c
 
 
-def _step(gi, h, c, w_hh, b_hh, w_hr, static: Static) -> tuple[Tensor, Tensor | None]:
-    gh = F.linear(h, w_hh, b_hh)
-    if static.mode == "gru":
-        return gru_gates(gi, gh, h), None
+def _step(gi, h, c, cell: _Cell, t: int) -> tuple[Tensor, Tensor | None]:
+    weights, static = cell.weights, cell.static
+    gh = _product(h if cell.mask is None else h * cell.mask, weights.w_hh, weights.norm_hh, weights.b_hh)
+    new_c = None
     if static.is_lstm:
-        h, c = lstm_gates(gi, gh, c)
-        return (h if w_hr is None else F.linear(h, w_hr)), c
-    return rnn_gates(gi, gh, static.mode == "rnn_relu"), None
+        new, new_c = lstm_gates(gi, gh, c, weights.norm_c, weights.bias_c)
+        new = new if weights.w_hr is None else F.linear(new, weights.w_hr)
+        new_c = _zoned_out(new_c, c, None if cell.zone_c is None else cell.zone_c[t], static.zoneout_c)
+    elif static.mode == "gru":
+        new = gru_gates(gi, gh, h)
+    else:
+        new = rnn_gates(gi, gh, static.mode == "rnn_relu")
+    return _zoned_out(new, h, None if cell.zone_h is None else cell.zone_h[t], static.zoneout_h), new_c
+
+
+def _product(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None) -> Tensor:
+    """W·x + b, or LN(W·x)·norm + b."""
+    return F.linear(x, weight, bias) if norm is None else normalised(F.linear(x, weight), norm, bias)
+
+
+def normalised(x: Tensor, norm: Tensor, bias: Tensor | None) -> Tensor:
+    """(x - mean)/√(variance + EPS)·norm + bias, over the last dimension, variance biased."""
+    return F.layer_norm(x, norm.shape, norm, bias, EPS)
+
+
+def _zoned_out(new: Tensor, old: Tensor, zone: Tensor | None, share: float) -> Tensor:
+    """The old state where `zone` is True; without a zone share·old + (1 - share)·new."""
+    if zone is not None:
+        return torch.where(zone, old, new)
+    return share * old + (1.0 - share) * new if share else new
 
 
 def rnn_gates(gi: Tensor, gh: Tensor, relu: bool) -> Tensor:
@@ -245,11 +345,11 @@ def gru_gates(gi: Tensor, gh: Tensor, h: Tensor) -> Tensor:
     return n + torch.sigmoid(z_i + z_h) * (h - n)
 
 
-def lstm_gates(gi: Tensor, gh: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """i, f, o = σ(gi + gh), g = tanh(gi + gh), c' = f·c + i·g, h' = o·tanh(c')."""
+def lstm_gates(gi: Tensor, gh: Tensor, c: Tensor, norm_c=None, bias_c=None) -> tuple[Tensor, Tensor]:
+    """i, f, o = σ(gi + gh), g = tanh(gi + gh), c' = f·c + i·g, h' = o·tanh(c'), or o·tanh(LN(c')·norm_c + bias_c)."""
     i, f, g, o = (gi + gh).chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
+    return torch.sigmoid(o) * torch.tanh(c if norm_c is None else normalised(c, norm_c, bias_c)), c
 
 
 def rnn_tanh_cell(input, h, w_ih, w_hh, b_ih, b_hh) -> Tensor:

@@ -8,21 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def _tanh(x):
-    """An odd polynomial near 0 (Cephes' tanhf), 1 - 2/(e^2|x| + 1) beyond."""
-    size = tl.abs(x)
-    far = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
-    z = x * x
-    p = ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1
-    near = (p * z - 3.33332819422e-1) * z * x + x
-    return tl.where(size < 0.625, near, tl.where(x < 0.0, -far, far))
+from fused_ops.rnn.triton_gates import relu, sigmoid, tanh
 
 
 @triton.jit
@@ -38,7 +24,7 @@ def rnn_cell_fwd_kernel(p_gi, p_gh, p_out, hidden, RELU: tl.constexpr, BLOCK: tl
     m_unit = o_unit < hidden
     o_state = i_row * hidden + o_unit
     s = _gate(p_gi, o_state, m_unit) + _gate(p_gh, o_state, m_unit)
-    h = tl.where(s < 0.0, 0.0, s) if RELU else _tanh(s)  # written so that NaN stays NaN
+    h = relu(s) if RELU else tanh(s)
     tl.store(p_out + o_state, h.to(p_out.dtype.element_ty), mask=m_unit)
 
 
@@ -49,9 +35,9 @@ def gru_cell_fwd_kernel(p_gi, p_gh, p_h, p_out, hidden, BLOCK: tl.constexpr):
     o_unit = i_block * BLOCK + tl.arange(0, BLOCK)
     m_unit = o_unit < hidden
     o_state, o_gate = i_row * hidden + o_unit, i_row * hidden * 3 + o_unit
-    r = _sigmoid(_gate(p_gi, o_gate, m_unit) + _gate(p_gh, o_gate, m_unit))
-    z = _sigmoid(_gate(p_gi, o_gate + hidden, m_unit) + _gate(p_gh, o_gate + hidden, m_unit))
-    n = _tanh(_gate(p_gi, o_gate + 2 * hidden, m_unit) + r * _gate(p_gh, o_gate + 2 * hidden, m_unit))
+    r = sigmoid(_gate(p_gi, o_gate, m_unit) + _gate(p_gh, o_gate, m_unit))
+    z = sigmoid(_gate(p_gi, o_gate + hidden, m_unit) + _gate(p_gh, o_gate + hidden, m_unit))
+    n = tanh(_gate(p_gi, o_gate + 2 * hidden, m_unit) + r * _gate(p_gh, o_gate + 2 * hidden, m_unit))
     h = n + z * (_gate(p_h, o_state, m_unit) - n)
     tl.store(p_out + o_state, h.to(p_out.dtype.element_ty), mask=m_unit)
 
@@ -63,13 +49,13 @@ def lstm_cell_fwd_kernel(p_gi, p_gh, p_c, p_out_h, p_out_c, hidden, BLOCK: tl.co
     o_unit = i_block * BLOCK + tl.arange(0, BLOCK)
     m_unit = o_unit < hidden
     o_state, o_gate = i_row * hidden + o_unit, i_row * hidden * 4 + o_unit
-    i = _sigmoid(_gate(p_gi, o_gate, m_unit) + _gate(p_gh, o_gate, m_unit))
-    f = _sigmoid(_gate(p_gi, o_gate + hidden, m_unit) + _gate(p_gh, o_gate + hidden, m_unit))
-    g = _tanh(_gate(p_gi, o_gate + 2 * hidden, m_unit) + _gate(p_gh, o_gate + 2 * hidden, m_unit))
-    o = _sigmoid(_gate(p_gi, o_gate + 3 * hidden, m_unit) + _gate(p_gh, o_gate + 3 * hidden, m_unit))
+    i = sigmoid(_gate(p_gi, o_gate, m_unit) + _gate(p_gh, o_gate, m_unit))
+    f = sigmoid(_gate(p_gi, o_gate + hidden, m_unit) + _gate(p_gh, o_gate + hidden, m_unit))
+    g = tanh(_gate(p_gi, o_gate + 2 * hidden, m_unit) + _gate(p_gh, o_gate + 2 * hidden, m_unit))
+    o = sigmoid(_gate(p_gi, o_gate + 3 * hidden, m_unit) + _gate(p_gh, o_gate + 3 * hidden, m_unit))
     c = f * _gate(p_c, o_state, m_unit) + i * g
     tl.store(p_out_c + o_state, c.to(p_out_c.dtype.element_ty), mask=m_unit)
-    tl.store(p_out_h + o_state, (o * _tanh(c)).to(p_out_h.dtype.element_ty), mask=m_unit)
+    tl.store(p_out_h + o_state, (o * tanh(c)).to(p_out_h.dtype.element_ty), mask=m_unit)
 
 
 def config(hidden: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from torch.library import opcheck
 import fused_ops
 from fused_ops.core.device import TRITON_INTERPRETED
 from fused_ops.rnn import op, reference
+from fused_ops.rnn.reference import Static, Tensors
 from tests.rnn.common import MODES, Case
 from tests.support import randn
 
@@ -117,9 +118,9 @@ def test_opcheck_of_the_reference_ops():
     tensors = case.tensors()
     states, params = tensors[1:3], tensors[3:]
     lengths, resets = torch.tensor([3, 0, 2]), torch.arange(9).reshape(3, 3) % 4 == 0
-    packed = [torch.randn(6, 4), *states, None, None, torch.tensor([3, 2, 1]), None, *params]
-    for inputs, all_states in (([tensors[0], *states, lengths, resets, None, None, *params], True), (packed, False)):
-        static = ("lstm", True, 2, True, all_states)
+    packed = Tensors(torch.randn(6, 4), *states, batch_sizes=torch.tensor([3, 2, 1]))
+    for call, all_states in ((Tensors(tensors[0], *states, lengths, resets), True), (packed, False)):
+        inputs, static = [*call, *params], tuple(Static("lstm", True, 2, True, all_states))
         opcheck(torch.ops.fused_ops.rnn_fwd_reference.default, (inputs, *static), test_utils=OPCHECKS)
         needs = [t is not None and t.is_floating_point() for t in inputs]
         grads = [torch.randn_like(t) for t in torch.ops.fused_ops.rnn_fwd_reference(inputs, *static)]
@@ -138,8 +139,8 @@ def test_opcheck_of_the_cpu_ops(mode, what):
         x, lengths, sizes = torch.randn(6, 4), None, torch.tensor([3, 2, 1])
     elif what == "everything":
         resets, masks = torch.arange(15).reshape(5, 3) % 4 == 0, torch.rand(1, 5, 3, 12)
-    call = (x, h0, c0, lengths, resets, sizes, masks, params)
-    static = (mode, True, True)
+    call = (*Tensors(x, h0, c0, lengths, resets, sizes, masks), params)
+    static = (mode, True, True, 0.0, 0.0)
     for keep_states, keep_gates in ((False, False), (True, False), (True, True)):
         arguments = (*call, *static, keep_states, keep_gates)
         opcheck(torch.ops.fused_ops.rnn_fwd_cpu.default, arguments, test_utils=OPCHECKS)
@@ -202,3 +203,22 @@ def test_eager_maths_of_the_gates_keep_the_dtype():
         )
         assert all(t.dtype == torch.bfloat16 and t.shape == (2, 5) for t in found)
     assert reference.rnn_gates(torch.tensor(-1.0), torch.tensor(0.5), True) == 0
+
+
+@pytest.mark.parametrize("kind", ("RNN", "GRU", "LSTM"))
+def test_an_exported_module_takes_every_batch_and_time(kind):
+    module = getattr(fused_ops.nn, kind)(4, 6, 2, bidirectional=True, batch_first=True).eval()
+
+    class Output(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = module
+
+        def forward(self, x):
+            return self.rnn(x)[0]
+
+    sizes = {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("time", min=2, max=512)}
+    exported = torch.export.export(Output(), (torch.randn(3, 7, 4),), dynamic_shapes={"x": sizes}).module()
+    for batch, time in ((5, 11), (2, 30)):
+        x = torch.randn(batch, time, 4)
+        torch.testing.assert_close(exported(x), module(x)[0])

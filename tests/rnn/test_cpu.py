@@ -8,6 +8,7 @@ import torch
 
 import fused_ops
 from fused_ops.core.extension import has_kernel
+from fused_ops.rnn.reference import Tensors
 from tests.rnn.common import MODES, Case, poisoned, torch_with_lengths
 from tests.rnn.test_cells import CELLS, call, check_kernel, inputs
 from tests.support import assert_accurate, error, noncontiguous, poisoned_memory, randn
@@ -200,34 +201,45 @@ def test_sigmoid_and_tanh_are_right_to_two_ulp(isa):
 
 def test_the_op_checks_what_it_is_given(monkeypatch):
     x, h, *params = Case(dtype=torch.float32).tensors()
-    op, good = torch.ops.fused_ops.rnn_fwd_cpu, ("gru", True, False, True, True)
-    resets, masks = torch.zeros(5, 2, dtype=torch.bool), torch.ones(3)
-    for arguments, message in (
-        ((x, h, None, torch.tensor([1, 2, 6]), None, None, None, params), "lengths must be between 0 and input's 5"),
-        ((x, h, None, torch.tensor([1, 2]), None, None, None, params), "lengths has the wrong shape"),
-        ((x, h[:, :2], None, None, None, None, None, params), "h0 must have input's batch"),
-        ((x, h, None, None, None, None, None, params[:2]), "params must hold 4 tensors"),
-        ((x[..., :2], h, None, None, None, None, None, params), "params' weight has the wrong shape"),
-        ((x[0], h, None, None, None, torch.tensor([3, 1]), None, params), "batch_sizes must add up to input's 3 rows"),
-        ((x[0], h, None, None, None, torch.tensor([1, 2]), None, params), "batch_sizes must not grow"),
-        ((x[0], h, None, None, None, torch.tensor([4, -1]), None, params), "batch_sizes must not grow"),
-        ((x, h, h, None, None, None, None, params), "c0 must be given exactly for an lstm"),
-        ((x, h, None, None, resets, None, None, params), "resets has the wrong shape"),
-        ((x, h, None, None, None, None, masks, params), "masks has the wrong shape"),
-        ((x.double(), h, None, None, None, None, None, params), "input must be float32"),
+    op, good = torch.ops.fused_ops.rnn_fwd_cpu, ("gru", True, False, 0.0, 0.0, True, True)
+    short, wide = torch.zeros(5, 2, dtype=torch.bool), torch.zeros(1, 5, 3, 6)
+    for tensors, weights, message in (
+        (Tensors(x, h, lengths=torch.tensor([1, 2, 6])), params, "lengths must be between 0 and input's 5"),
+        (Tensors(x, h, lengths=torch.tensor([1, 2])), params, "lengths has the wrong shape"),
+        (Tensors(x, h[:, :2]), params, "h0 must have input's batch"),
+        (Tensors(x, h), params[:2], "params must hold 4 tensors"),
+        (Tensors(x[..., :2], h), params, "params' weight has the wrong shape"),
+        (Tensors(x[0], h, batch_sizes=torch.tensor([3, 1])), params, "batch_sizes must add up to input's 3 rows"),
+        (Tensors(x[0], h, batch_sizes=torch.tensor([1, 2])), params, "batch_sizes must not grow"),
+        (Tensors(x[0], h, batch_sizes=torch.tensor([4, -1])), params, "batch_sizes must not grow"),
+        (Tensors(x, h, h), params, "c0 must be given exactly for an lstm"),
+        (Tensors(x, h, resets=short), params, "resets has the wrong shape"),
+        (Tensors(x, h, masks=torch.ones(3)), params, "masks has the wrong shape"),
+        (Tensors(x, h, recurrent_masks=torch.ones(3)), params, "recurrent_masks has the wrong shape"),
+        (Tensors(x, h, recurrent_masks=h.double()), params, "recurrent_masks must be Float"),
+        (Tensors(x, h, zone_h=short), params, "zone_h has the wrong shape"),
+        (Tensors(x, h, zone_h=wide), params, "zone_h must be Bool"),
+        (Tensors(x, h, zone_c=wide.bool()), params, "only an lstm has a c to zone"),
+        (Tensors(x.double(), h), params, "input must be float32"),
+        (Tensors(x, h), [p.double() for p in params], "params must be float32"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            op(*arguments, *good)
-    call = (x, h, None, None, None, None, None, params)
-    with pytest.raises(RuntimeError, match="mode must be rnn_tanh, rnn_relu, gru or lstm, got elman"):
-        op(*call, "elman", *good[1:])
+            op(*tensors, weights, *good)
+    call = (*Tensors(x, h), params)
+    for wrong, message in (
+        (("elman", *good[1:]), "mode must be rnn_tanh, rnn_relu, gru or lstm, got elman"),
+        (("gru", True, False, 1.5, 0.0, True, True), "zoneout must be between 0 and 1, got 1.5"),
+        (("gru", True, False, 0.0, 0.5, True, True), "only an lstm has a c to zone"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op(*call, *wrong)
     output, _, _, inner, c_all, kept = op(*call, *good)
     for wrong, message in (
         ((output[:4], inner, c_all, kept), "output has the wrong shape"),
         ((output, inner, c_all, kept[..., :2]), "kept has the wrong shape"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.fused_ops.rnn_bwd_cpu(output, *[None] * 4, *call, *wrong, "gru", True, False, True, True)
+            torch.ops.fused_ops.rnn_bwd_cpu(output, *[None] * 4, *call, *wrong, *good)
     monkeypatch.setenv("FUSED_OPS_CPU_ISA", "sve")
     with pytest.raises(RuntimeError, match="FUSED_OPS_CPU_ISA must be portable"):
         op(*call, *good)
@@ -320,8 +332,8 @@ def test_auto_takes_it_where_it_is_not_slower():
 
 
 def test_what_it_does_not_serve_is_refused_with_a_reason():
-    double, projected = Case("lstm"), Case("lstm", proj=2, dtype=torch.float32)
-    for case, reason in ((double, "takes float32"), (projected, "has no projection of the state")):
-        with pytest.raises(fused_ops.BackendUnavailable, match=reason):
-            case.flat(*case.tensors(), backend="cpu")
+    double = Case("lstm")
+    with pytest.raises(fused_ops.BackendUnavailable, match="takes float32, float16 and bfloat16"):
+        double.flat(*double.tensors(), backend="cpu")
+    for case in (double, Case("lstm", proj=2, dtype=torch.float32), Case("gru", dtype=torch.bfloat16)):
         assert fused_ops.explain(case.flat, *case.tensors()).chosen == "reference"

@@ -242,9 +242,9 @@ def test_a_wrong_backward_is_rejected(wrong, mode, monkeypatch):
     def mutant(*arguments):
         arguments = list(arguments)
         if wrong == "gates exchanged":
-            arguments[16] = arguments[16][..., [1, 0, 2, 3], :].contiguous()
+            arguments[19] = arguments[19][..., [1, 0, 2, 3], :].contiguous()
         elif wrong == "states one step late":
-            arguments[13] = arguments[13].roll(1, 0)
+            arguments[16] = arguments[16].roll(1, 0)
         elif wrong == "no gradient of h_n":
             arguments[1] = None
         else:

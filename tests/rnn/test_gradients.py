@@ -6,6 +6,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fused_ops
 from fused_ops.rnn import reference
+from fused_ops.rnn.reference import Static, Tensors
 from tests.rnn.common import MODES, Case
 from tests.support import assert_accurate
 
@@ -104,7 +105,8 @@ def test_packed_maths_agree_with_torchs_packed_op(mode, batch_sizes):
     states = 2 if mode == "lstm" else 1
     h0, c0 = (tensors[1], tensors[2]) if states == 2 else (tensors[1], None)
     masks = torch.rand(1, len(data), 2 * case.hidden, dtype=case.dtype)
-    call = (data, h0, c0, None, None, sizes, masks, *tensors[1 + states :], mode, True, 2, True, False)
+    held = Tensors(data, h0, c0, batch_sizes=sizes, masks=masks)
+    call = (*held, *tensors[1 + states :], *Static(mode, True, 2, True))
     for value, wanted in zip(reference.maths(*call), reference.sequence(*call), strict=True):
         assert_accurate(value, wanted, terms=16)
 

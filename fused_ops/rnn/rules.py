@@ -1,0 +1,183 @@
+"""Which backend can serve an RNN, and where `auto` takes it."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fused_ops.core import device, extension, verified
+from fused_ops.core.dispatch import Backend, Op
+from fused_ops.core.library import traced_as_constant
+from fused_ops.core.precision import matmul_dot_precision
+from fused_ops.rnn import layers, norm_op, op, reference
+from fused_ops.rnn.reference import Static, Tensors
+
+# What auto knows of the C++ kernels' speed is in bench/results/cpu/rnn_cpu.json, measured with AVX-512.
+_VECTORISED = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+_NOT_MEASURED = "is slower than torch's GEMM without AVX2"
+_TOO_SHORT = (
+    "is bitwise independent of the batch, but packs its weights in every call: too much for so few steps"
+    " (bench/results/cpu/rnn_cpu.json)"
+)
+_MANY_ROWS = (
+    "is bitwise independent of the batch, but no faster than oneDNN's forward for so many rows"
+    " (bench/results/cpu/rnn_cpu.json)"
+)
+_UNMEASURED = "has not been measured against torch's own op in half types or with a projected state"
+_NO_GPU_YET = "has not been measured against cuDNN"
+_VARIANT = "torch's own, where a row's result may depend on its batch"
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _differentiates(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _float_type(input: Tensor) -> str | None:
+    return None if input.dtype in _FLOATS else "takes float32, float16 and bfloat16"
+
+
+def _cpu(tensors: Tensors, params: tuple, static: Static, dropout: float) -> str | None:
+    if (reason := _float_type(tensors.input)) or not static.layer_norm:
+        return reason
+    if tensors.recurrent_masks is not None or reference.zoned(tensors, static):
+        return "has a layer norm, but none with zoneout or variational dropout"
+    if reference.weights_of(params, 0, static).w_hr is not None:
+        return "has a layer norm, but none with a projection of the state"
+    return None
+
+
+def _run_cpu(tensors: Tensors, params: tuple, static: Static, dropout: float) -> tuple[Tensor, ...]:
+    run = norm_op.sequence_norm_cpu if static.layer_norm else op.sequence_cpu
+    return run(tensors, params, static, dropout)
+
+
+def _cpu_worthwhile(tensors: Tensors, params: tuple, static: Static, dropout: float) -> str | None:
+    if not _VECTORISED:
+        return _NOT_MEASURED
+    unmeasured = tensors.input.dtype != torch.float32 or reference.weights_of(params, 0, static).w_hr is not None
+    if unmeasured and reference.torch_has_it(tensors, static):
+        return _UNMEASURED
+    if torch.compiler.is_compiling():  # no guard on a size; a compiled reference runs forward again in its backward
+        return None
+    batch, hidden = tensors.h0.shape[1:]
+    time = (tensors.input if tensors.batch_sizes is None else tensors.batch_sizes).size(0)
+    if static.is_lstm:
+        plain = tensors.lengths is tensors.batch_sizes is None and reference.torch_has_it(tensors, static)
+        if plain and batch >= 32 and not _differentiates(tensors.input, tensors.h0, tensors.c0, *params):
+            return _MANY_ROWS
+        return None if time >= 8 or batch <= 8 else _TOO_SHORT
+    enough = time >= max(8, hidden // 32) or (time >= 4 and batch >= max(8, hidden // 16))
+    return None if enough else _TOO_SHORT
+
+
+def _triton(tensors: Tensors, params: tuple, static: Static, dropout: float) -> str | None:
+    if static.layer_norm:
+        return "has no layer norm"
+    if reference.weights_of(params, 0, static).w_hr is not None:
+        return "has no projection of the state"
+    return _float_type(tensors.input)
+
+
+def _cuda(tensors: Tensors, params: tuple, static: Static, dropout: float) -> str | None:
+    if reason := _triton(tensors, params, static, dropout):
+        return reason
+    if tensors.recurrent_masks is not None or reference.zoned(tensors, static):
+        return "has neither zoneout nor variational dropout"
+    if tensors.input.dtype == torch.float32 and matmul_dot_precision() != "tf32":
+        return "multiplies float32 in TF32, which torch.backends.cuda.matmul.fp32_precision does not ask for"
+    index, hidden = tensors.input.get_device(), tensors.h0.size(-1)
+    passes = (False, True) if _differentiates(*tensors, *params) else (False,)
+    if all(_fits(static.mode, backward, hidden, tensors.input.element_size(), index) for backward in passes):
+        return None
+    return f"cannot keep W_hh of hidden size {hidden} in this chip's shared memory"
+
+
+@traced_as_constant
+def _fits(mode: str, backward: bool, hidden: int, element_bytes: int, index: int) -> bool:
+    """Whether a layer's W_hh stays on chip; the batch has no say."""
+    chip = device.chip(index)
+    plan = extension.host.plan_rnn_layer(mode, backward, hidden, 1, 1, element_bytes, *chip)
+    return plan["design"] != "none"
+
+
+def _gpu_worthwhile(*call) -> str:
+    return _NO_GPU_YET
+
+
+def _cell_cpu(input, *rest) -> str | None:
+    return None if input.dtype == torch.float32 else "takes float32"
+
+
+def _cell_cpu_worthwhile(input, *rest) -> str | None:
+    if not _VECTORISED:
+        return _NOT_MEASURED
+    enough = input.size(0) >= 256 and rest[0].size(1) >= 64 and not _differentiates(input, *rest)
+    return None if enough else _TOO_SHORT
+
+
+def _cell_gpu(input, *rest) -> str | None:
+    return _float_type(input)
+
+
+def _csrc(*names: str) -> tuple[str, ...]:
+    return (*(f"rnn/{name}" for name in names), *verified.CUDA_COMMON)
+
+
+_COMMON = ("async_copy", "cluster", "grid_sync", "mma", "shared", "swizzle", "sync")
+_KERNELS = {
+    "cells": {
+        "cuda": verified.kernel("rnn.cells.cuda", *_csrc("cells.cu", "cells.cuh")),
+        "triton": verified.kernel("rnn.cells.triton", "rnn/triton_kernels.py", "rnn/triton_gates.py"),
+    },
+    "layers": {
+        "cuda": verified.kernel(
+            "rnn.layers.cuda",
+            *(f"common/{name}.cuh" for name in _COMMON),
+            *_csrc(
+                "exchange.cuh", "gates.cuh", "gates_bwd.cuh", "layer.h", "layer_bwd.cu", "layer_bwd.cuh",
+                "layer_fwd.cu", "layer_fwd.cuh", "layer_launch.h", "layer_plan.h", "projection.cu", "projection.cuh",
+                "resident.cuh",
+            ),
+        ),
+        "triton": verified.kernel(
+            "rnn.layers.triton",
+            *(f"rnn/triton_{name}.py" for name in ("fused", "gates", "layers", "projection", "steps")),
+        ),
+    },
+}  # fmt: skip
+
+
+def _sequence(mode: str) -> Op:
+    gpu = [
+        Backend(
+            name,
+            partial(layers.sequence, name),
+            supports,
+            _gpu_worthwhile,
+            needs="rnn_layer_bwd_cuda" if name == "cuda" else None,
+            kernel=_KERNELS["layers"][name],
+        )
+        for name, supports in (("cuda", _cuda), ("triton", _triton))
+    ]
+    cpu = Backend("cpu", _run_cpu, _cpu, _cpu_worthwhile, needs="rnn_fwd_cpu")
+    return Op(mode, *gpu, cpu, Backend("reference", op.sequence_reference, note=_VARIANT))
+
+
+def _cell(index: int, name: str, kind: str) -> Op:
+    gpu = [
+        Backend(
+            backend,
+            op.CELLS[backend][index],
+            _cell_gpu,
+            needs=f"{kind}_cell_fwd_cuda" if backend == "cuda" else None,
+            kernel=_KERNELS["cells"][backend],
+        )
+        for backend in ("cuda", "triton")
+    ]
+    cpu = Backend("cpu", op.CPU_CELLS[index], _cell_cpu, _cell_cpu_worthwhile, needs="rnn_fwd_cpu")
+    return Op(name, *gpu, cpu, Backend("reference", getattr(reference, name), note=_VARIANT))
+
+
+SEQUENCES = {mode: _sequence(mode) for mode in ("rnn_tanh", "rnn_relu", "gru", "lstm")}
+CELLS = {f"{mode}_cell": _cell(i, f"{mode}_cell", mode.split("_")[0]) for i, mode in enumerate(SEQUENCES)}

@@ -1,0 +1,134 @@
+"""The layers' kernels on a GPU, against plain PyTorch in float64."""
+
+import pytest
+import torch
+
+from tests.rnn import layer_oracle
+from tests.rnn.layer_oracle import layer_case, random_grads
+from tests.support import assert_accurate
+
+pytestmark = pytest.mark.gpu
+BACKENDS = (
+    pytest.param("cuda", marks=pytest.mark.kernel("rnn.layers.cuda")),
+    pytest.param("triton", marks=pytest.mark.kernel("rnn.layers.triton")),
+)
+TRITON = BACKENDS[1:]
+
+MODES = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+CASES = {
+    "plain": {"time": 7, "batch": 33},
+    "lengths and resets": {"time": 5, "batch": 4, "lengths": [3, 0, 5, 1], "resets": True, "directions": 2},
+    "packed": {"time": 5, "lengths": [5, 4, 2], "packed": True, "directions": 2},
+}
+EXTRAS = {
+    "packed and masked": {"time": 5, "lengths": [5, 4, 2], "packed": True, "directions": 2, "mask": True},
+    "zoneout": {"time": 4, "batch": 17, "zoneout": "masks", "resets": True},
+    "expected zoneout": {"time": 4, "zoneout": 0.3},
+}
+
+
+def run(backend, layer, grads):
+    forward, backward = (f"rnn_layer_{name}_{backend}" for name in ("fwd", "bwd"))
+    found = dict(
+        zip(
+            ("output", "h_n", "c_n", "c_all", "kept"),
+            getattr(torch.ops.fused_ops, forward)(*layer.fwd_arguments()),
+            strict=True,
+        )
+    )
+    arguments = layer.bwd_arguments(grads, found["output"], found["c_all"], found["kept"])
+    back = getattr(torch.ops.fused_ops, backward)(*arguments)
+    return found | dict(zip(("slopes", "dh0", "dc0"), back, strict=True))
+
+
+def truth(layer, grads):
+    with torch.enable_grad():
+        found = layer_oracle.forward(layer) | layer_oracle.backward(layer, grads)
+    return {name: value.detach() for name, value in found.items()}
+
+
+def check(backend, mode, hidden, case, dtype):
+    layer = layer_case(mode, hidden=hidden, dtype=dtype, **(CASES | EXTRAS)[case])
+    grads, places = random_grads(layer), layer.places()
+    found = run(backend, layer.to(dtype, "cuda"), [g if g is None else g.cuda() for g in grads])
+    exact = truth(layer.to(torch.float64), [g if g is None else g.double() for g in grads])
+    own = truth(layer, grads)
+    for name, value in found.items():
+        value, wanted, peer = value.cpu(), exact[name], own[name].to(value.dtype)
+        if name in ("c_all", "kept") and value.numel():
+            value, wanted, peer = (t[:, places] for t in (value, wanted, peer))
+        factor = 3.0 if name in ("slopes", "dh0", "dc0") else 2.0
+        ulps = 2.0**14 if backend == "cuda" and dtype == torch.float32 else 4.0  # it multiplies in TF32
+        assert_accurate(value, wanted, peer, factor=factor, terms=hidden, ulps=ulps)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("hidden", (5, 64, 127, 128, 256, 700))
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sizes_and_dtypes(backend, mode, hidden, dtype):
+    check(backend, mode, hidden, "lengths and resets", dtype)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("hidden", (48, 320))
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_case(backend, mode, hidden, case):
+    check(backend, mode, hidden, case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", EXTRAS)
+@pytest.mark.parametrize("hidden", (48, 320))
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", TRITON)
+def test_every_extra(backend, mode, hidden, case):
+    check(backend, mode, hidden, case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("hidden", (128, 320, 700))
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_alone_is_what_it_is_in_a_batch(backend, mode, hidden):
+    """And runs repeat bitwise."""
+    layer = layer_case(mode, time=6, batch=40, hidden=hidden, dtype=torch.bfloat16).to(torch.bfloat16, "cuda")
+    grads = random_grads(layer)
+    whole, again = run(backend, layer, grads), run(backend, layer, grads)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    alone = layer_case(mode, time=6, batch=1, hidden=hidden, dtype=torch.bfloat16).to(torch.bfloat16, "cuda")
+    alone.w_hh, alone.b_hn, row = layer.w_hh, layer.b_hn, 37
+    alone.gi = layer.gi.unflatten(0, (6, 40))[:, row].contiguous()
+    alone.h0, alone.c0 = (t if t is None else t[:, row : row + 1].contiguous() for t in (layer.h0, layer.c0))
+    mine = [
+        grads[0].unflatten(0, (6, 40))[:, row].contiguous(),
+        *(g if g is None else g[:, row : row + 1].contiguous() for g in grads[1:3]),
+        None if grads[3] is None else grads[3].unflatten(1, (6, 40))[:, :, row].contiguous(),
+    ]
+    found = run(backend, alone, mine)
+    for name in ("output", "slopes"):
+        assert torch.equal(found[name], whole[name].unflatten(0, (6, 40))[:, row])
+    assert torch.equal(found["dh0"], whole["dh0"][:, row : row + 1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cuda_graph_captures_every_step(backend):
+    layer = layer_case("lstm", time=4, batch=8, hidden=320, dtype=torch.float16).to(torch.float16, "cuda")
+    grads = random_grads(layer)
+    wanted = run(backend, layer, grads)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run(backend, layer, grads)
+    graph.replay()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_projection(backend, dtype):
+    x, w, bias = (torch.randn(shape, device="cuda") for shape in ((1000, 130), (333, 130), (333,)))
+    x, w = x.to(dtype), w.to(dtype)
+    project = getattr(torch.ops.fused_ops, f"rnn_project_{backend}")
+    found = project(x, w, bias)
+    ulps = 2.0**14 if backend == "cuda" and dtype == torch.float32 else 4.0
+    assert_accurate(found, x.double() @ w.double().t() + bias, terms=130, ulps=ulps)
+    assert torch.equal(project(x[999:], w, bias), found[999:])

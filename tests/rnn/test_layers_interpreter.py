@@ -1,0 +1,279 @@
+"""The Triton layers, interpreted on the CPU, against plain PyTorch in float64; and wrong kernels, to be caught."""
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_ops.core.device import TRITON_INTERPRETED
+from fused_ops.rnn import layers, reference
+from fused_ops.rnn.reference import Static, Tensors
+from tests.rnn import layer_oracle
+from tests.rnn.layer_oracle import layer_case, random_grads
+from tests.support import assert_accurate, leaves, noncontiguous, randn, value_and_gradients
+
+pytestmark = [
+    pytest.mark.skipif(not TRITON_INTERPRETED, reason="needs TRITON_INTERPRET=1"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:overflow|invalid value:RuntimeWarning"),
+]
+
+MODES = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+DESIGNS = ("fused", "steps")
+VARLEN = {"time": 3, "lengths": [2, 0, 3], "resets": True, "directions": 2}
+CASES = {
+    "plain": {"time": 2, "bias": False},
+    "lengths and resets": VARLEN,
+    "packed": {"time": 3, "lengths": [3, 2, 2], "packed": True, "directions": 2, "mask": True},
+    "zoneout": VARLEN | {"zoneout": "masks", "mask": True},
+    "expected zoneout": VARLEN | {"zoneout": 0.3, "directions": 1},
+}
+
+
+def kernels():
+    from fused_ops.rnn import triton_layers
+
+    return triton_layers
+
+
+def small_plan(design: str, rows: int = 4):
+    """`plan`, but for a layer of six units with more than one tile."""
+    if design == "fused":
+        return lambda *_: kernels().Plan(True, {"BLOCK_B": rows, "BLOCK_H": 16}, 4, 1)
+    return lambda *_: kernels().Plan(False, {"BLOCK_B": rows, "BLOCK_U": 4, "BLOCK_K": 16}, 4, 1)
+
+
+@pytest.fixture(params=DESIGNS)
+def design(request, monkeypatch):
+    monkeypatch.setattr(kernels(), "plan", small_plan(request.param))
+    return request.param
+
+
+def run(layer, grads=None, module=None):
+    """The op's results by name, and those of its backward where `grads` are given."""
+    module = module or kernels()
+    found = dict(zip(("output", "h_n", "c_n", "c_all", "kept"), module.rnn_layer_fwd(*layer.fwd_arguments())))
+    if grads is not None:
+        arguments = layer.bwd_arguments(grads, found["output"], found["c_all"], found["kept"])
+        found |= zip(("slopes", "dh0", "dc0"), module.rnn_layer_bwd(*arguments))
+    return found
+
+
+def truth(layer, grads):
+    with torch.enable_grad():
+        found = layer_oracle.forward(layer) | layer_oracle.backward(layer, grads)
+    return {name: value.detach() for name, value in found.items()}
+
+
+def check(layer, grads=None, module=None):
+    """Every result is as accurate as the oracle in its dtype. Of kept and c_all, only what is not padding counts."""
+    grads = random_grads(layer) if grads is None else grads
+    found = run(layer, grads, module)
+    exact = truth(layer.to(torch.float64), [g if g is None else g.double() for g in grads])
+    own, places = truth(layer, grads), layer.places()
+    for name, value in found.items():
+        wanted, peer = exact[name], own[name].to(value.dtype)
+        if name in ("c_all", "kept") and value.numel():
+            value, wanted, peer = (t[:, places] for t in (value, wanted, peer))
+        factor = 3.0 if name in ("slopes", "dh0", "dc0") else 2.0
+        assert_accurate(value, wanted, peer, factor=factor, terms=layer.h0.size(-1))
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("mode", MODES)
+def test_values_and_gradients(mode, case, design):
+    check(layer_case(mode, **CASES[case]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_half_precision(mode, design):
+    check(layer_case(mode, dtype=torch.float16, **VARLEN))
+
+
+@pytest.mark.parametrize("mode", ("rnn_tanh", "rnn_relu"))
+def test_expected_zoneout_of_an_rnn_in_half_precision(mode, design):
+    check(layer_case(mode, dtype=torch.float16, time=3, zoneout=0.4))
+
+
+@pytest.mark.parametrize("given", range(4), ids=("output", "h_n", "c_n", "c_all"))
+def test_gradients_of_one_result(given, design):
+    layer = layer_case("lstm", time=2, batch=2)
+    check(layer, [g if i == given else None for i, g in enumerate(random_grads(layer))])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_step_of_one_unit(mode, design):
+    check(layer_case(mode, time=1, hidden=1, directions=2))
+
+
+@pytest.mark.parametrize("mode", ("gru", "lstm"))
+def test_a_row_alone_is_what_it_is_in_a_batch(mode, design, monkeypatch):
+    monkeypatch.setattr(kernels(), "plan", small_plan(design, rows=2))
+    layer = layer_case(mode, time=2, batch=3)
+    grads, hidden = random_grads(layer), layer.h0.size(-1)
+    whole = check(layer, grads)
+    alone = layer_case(mode, time=2, batch=1)
+    alone.w_hh, alone.b_hn = layer.w_hh, layer.b_hn
+    alone.gi = layer.gi.view(2, 3, *layer.gi.shape[1:])[:, 2].contiguous()
+    alone.h0, alone.c0 = layer.h0[:, 2:], None if layer.c0 is None else layer.c0[:, 2:]
+    mine = [
+        grads[0].view(2, 3, hidden)[:, 2].contiguous(),
+        *(None if g is None else g[:, 2:] for g in grads[1:3]),
+        None if grads[3] is None else grads[3].view(1, 2, 3, hidden)[:, :, 2].contiguous(),
+    ]
+    found = run(alone, mine)
+    assert torch.equal(found["output"], whole["output"].view(2, 3, hidden)[:, 2])
+    assert torch.equal(found["slopes"], whole["slopes"].view(2, 3, *whole["slopes"].shape[1:])[:, 2])
+    for name in ("h_n", "c_n", "dh0", "dc0"):
+        assert torch.equal(found[name], whole[name][:, 2:] if whole[name].numel() else whole[name])
+
+
+@pytest.mark.parametrize("mode", ("rnn_relu", "lstm"))
+def test_nan_and_infinity_stay_in_their_row(mode, design):
+    layer = layer_case(mode, time=2)
+    grads = random_grads(layer)
+    clean = run(layer, grads)
+    layer.gi[0, 0, 0, 3], layer.gi[2, 0, 0, 2] = float("nan"), float("inf")
+    found = run(layer, grads)
+    for name in ("output", "slopes"):
+        value, wanted = (t[name].view(2, 3, -1)[:, 1] for t in (found, clean))
+        assert torch.equal(value, wanted)
+    assert found["output"][0].isnan().any() and found["dh0"][:, 1].equal(clean["dh0"][:, 1])
+
+
+def test_saturated_gates(design):
+    layer = layer_case("lstm", time=2)
+    layer.gi *= 60.0
+    assert all(value.isfinite().all() for value in check(layer).values())
+
+
+@pytest.mark.parametrize("mode", ("gru", "lstm"))
+def test_the_planned_tiles(mode):
+    """100 units in one launch, 130 units step by step: sizes that fill no tile."""
+    for hidden in (100, 130):
+        check(layer_case(mode, time=2, hidden=hidden, dtype=torch.float16))
+
+
+def test_nothing_to_do():
+    for mode in MODES:
+        layer = layer_case(mode, batch=0)
+        found = run(layer, random_grads(layer))
+        assert found["output"].shape == (0, 6) and found["slopes"].numel() == 0
+        layer = layer_case(mode, lengths=[0, 0, 0])
+        found = run(layer, random_grads(layer))
+        assert torch.equal(found["h_n"], layer.h0) and not found["output"].any() and not found["slopes"].any()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+def test_projection(dtype):
+    project = kernels().rnn_project
+    for rows, inputs, outputs in ((3, 5, 7), (130, 33, 70), (1, 1, 1), (2, 64, 64)):
+        x, w, bias = randn(rows, inputs, dtype=dtype), randn(outputs, inputs, dtype=dtype), randn(outputs)
+        found = project(noncontiguous(x), w.t().contiguous().t(), bias)
+        assert found.dtype == torch.float32
+        assert_accurate(found, x.double() @ w.double().t() + bias, terms=inputs)
+        assert torch.equal(project(x[rows - 1 :], w, None) + bias, found[rows - 1 :])
+    assert project(randn(0, 3), randn(4, 3), None).shape == (0, 4)
+
+
+@pytest.mark.parametrize("mode", ("gru", "lstm"))
+def test_a_whole_call(mode):
+    """Two layers, both directions, all states, through the driver."""
+    static = Static(mode, True, 2, True, True)
+    rows, lstm = static.gates * 4, mode == "lstm"
+    states = [randn(4, 2, 4, seed=i, requires_grad=True) for i in (1, 2)]
+    params = [
+        randn(*shape, seed=9 + cell, requires_grad=True)
+        for cell in range(4)
+        for shape in ((rows, 3 if cell < 2 else 8), (rows, 4), (rows,), (rows,))
+    ]
+    x = randn(3, 2, 3, seed=5, requires_grad=True)
+    tensors = Tensors(x, states[0], states[1] if lstm else None, torch.tensor([3, 1]))
+    head = len(tensors)
+
+    def call(backend):
+        def maths(*inputs):
+            if backend == "reference":
+                return reference.sequence(*inputs, *static)
+            return layers.sequence(backend, Tensors(*inputs[:head]), inputs[head:], static)
+
+        dtype = torch.float64 if backend == "reference" else None
+        values, grads = value_and_gradients(maths, leaves(*tensors, *params, dtype=dtype))
+        return [*values, *grads]
+
+    for found, exact in zip(call("triton"), call("reference"), strict=True):
+        assert_accurate(found, exact, factor=3.0, terms=64)
+
+
+def test_the_ops():
+    layer = layer_case("lstm", time=2, directions=2)
+    grads = random_grads(layer)
+    forward, backward = torch.ops.fused_ops.rnn_layer_fwd_triton, torch.ops.fused_ops.rnn_layer_bwd_triton
+    output, _, _, c_all, kept = forward(*layer.fwd_arguments())
+    for op, arguments in (
+        (forward, layer.fwd_arguments()),
+        (backward, layer.bwd_arguments(grads, output, c_all, kept)),
+        (torch.ops.fused_ops.rnn_project_triton, (randn(3, 5), randn(4, 5), None)),
+    ):
+        torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+# Name: mode, design, case, what is replaced, by what.
+MUTANTS = {
+    "an input gate is lost": ("lstm", "fused", "plain", "b_f * b_c + b_i * b_g", "b_f * b_c + b_g"),
+    "the reset gate misses the product": ("gru", "steps", "plain", "b_x[2] + b_r * b_q", "b_x[2] + b_q"),
+    "reversed rows begin at the longest's end": (
+        "gru", "fused", "lengths and resets", "b_len - 1 - i_s", "tl.max(b_len) - 1 - i_s"
+    ),
+    "rows that have ended go on": (
+        "lstm", "fused", "lengths and resets", "tl.where(m_state, b_new_c, b_c)", "b_new_c"
+    ),
+    "a reset spares c": ("lstm", "fused", "lengths and resets", "tl.where(b_reset[:, None], 0.0, b_c)", "b_c"),
+    "a reset lets gradients through": (
+        "gru", "fused", "lengths and resets", "b_new = tl.where(b_reset[:, None], 0.0, b_new)", "b_new = b_new"
+    ),
+    "a reset lets gradients through, step by step": (
+        "rnn_tanh", "steps", "lengths and resets", "m_after &= ~reset_at", "m_after &= m_after | reset_at"
+    ),
+    "slopes meet the wrong gates": ("gru", "fused", "plain", "= 2 if MODE", "= 0 if MODE"),
+    "slopes meet the wrong gates, step by step": (
+        "gru", "steps", "plain", "o_slope + 2 * hidden, o_slope - hidden", "o_slope, o_slope"
+    ),
+    "the bypass is lost": ("gru", "steps", "plain", "b_dh += tiles(p_passed,", "b_dh += 0 * tiles(p_passed,"),
+    "c before is c after": (
+        "lstm", "steps", "plain", "(i_d * tokens + b_before) * hidden", "(i_d * tokens + b_token) * hidden"
+    ),
+    "the last gradient comes at the longest's end": (
+        "lstm", "steps", "lengths and resets", "m_row & (i_s + 1 == b_len)[:, None]", "m_row & (i_s + 1 == steps)"
+    ),
+    "the mask is left out of the gradient": ("lstm", "fused", "zoneout", "b_into *= b_mask", "b_into *= b_into"),
+    "the old state's share is lost": (
+        "rnn_tanh", "fused", "expected zoneout", "* b_d, zoneout * b_d", "* b_d, tl.zeros_like(b_d)"
+    ),
+}  # fmt: skip
+
+
+def mutant(folder: Path, name: str, old: str, new: str):
+    """triton_layers and all that it imports, with one piece of their source replaced."""
+    package = f"mutant_{abs(hash(name))}"
+    (folder / package).mkdir()
+    found = 0
+    for path in Path(layers.__file__).parent.glob("triton_*.py"):
+        source = path.read_text()
+        found += source.count(old)
+        source = source.replace(old, new).replace("fused_ops.rnn.triton_", f"{package}.triton_")
+        (folder / package / path.name).write_text(source)
+    assert found == 1
+    return import_module(f"{package}.triton_layers")
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_kernel_is_caught(name, tmp_path, monkeypatch):
+    mode, design, case, old, new = MUTANTS[name]
+    monkeypatch.syspath_prepend(tmp_path)
+    wrong = mutant(tmp_path, name, old, new)
+    monkeypatch.setattr(wrong, "plan", small_plan(design))
+    with pytest.raises(AssertionError, match="error"):
+        check(layer_case(mode, **CASES[case]), module=wrong)
