@@ -48,6 +48,7 @@ gpu: setup
 	mkdir -p $(OUT)
 	-$(PY) -m tests.verify --out $(OUT)/verified.json
 	-$(PY) -m tests.emulation.calibrate
+	-$(PY) -m bench.measure.rnn_gpu --out $(OUT)
 	-$(PY) -m bench --out $(OUT)
 	$(PY) -m bench baselines --out $(OUT)
 
