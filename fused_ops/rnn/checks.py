@@ -27,6 +27,8 @@ def _shape(name: str, value: Tensor, wanted: tuple, meaning: str = "") -> None:
 
 
 def check_noise(noise: Noise, static: Static) -> None:
+    if noise[1:] == (0, 0, 0, 0):
+        return
     for name in ("dropout", "weight_dropout", "variational_dropout"):
         _probability(name, getattr(noise, name))
     if not isinstance(noise.zoneout, (tuple, list)):

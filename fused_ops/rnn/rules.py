@@ -58,17 +58,27 @@ def _cpu_worthwhile(tensors: Tensors, params: tuple, static: Static, dropout: fl
     unmeasured = tensors.input.dtype != torch.float32 or reference.weights_of(params, 0, static).w_hr is not None
     if unmeasured and reference.torch_has_it(tensors, static):
         return _UNMEASURED
+    if tensors.lengths is not None or not reference.torch_has_it(tensors, static):
+        return None
     if torch.compiler.is_compiling():  # no guard on a size; a compiled reference runs forward again in its backward
         return None
     batch, hidden = tensors.h0.shape[1:]
     time = (tensors.input if tensors.batch_sizes is None else tensors.batch_sizes).size(0)
+    trains = _differentiates(tensors.input, tensors.h0, tensors.c0, *params)
     if static.is_lstm:
-        plain = tensors.lengths is tensors.batch_sizes is None and reference.torch_has_it(tensors, static)
-        if plain and batch >= 32 and not _differentiates(tensors.input, tensors.h0, tensors.c0, *params):
+        if tensors.batch_sizes is None and batch >= 32 and not trains:
             return _MANY_ROWS
         return None if time >= 8 or batch <= 8 else _TOO_SHORT
-    enough = time >= max(8, hidden // 32) or (time >= 4 and batch >= max(8, hidden // 16))
-    return None if enough else _TOO_SHORT
+    return None if _long_enough(static.mode == "gru", trains, time, batch, hidden) else _TOO_SHORT
+
+
+def _long_enough(gru: bool, trains: bool, time: int, batch: int, hidden: int) -> bool:
+    """Whether a GRU or plain RNN is no slower than torch's, by bench/results/cpu/rnn_cpu.json."""
+    if time >= max(8, hidden // 32) or (gru and trains and hidden <= 64):
+        return True
+    if time >= 4:
+        return trains or batch * hidden >= 2048 or (gru and hidden <= 128)
+    return time >= 2 and ((batch >= 128 and hidden >= 64) or (gru and trains and hidden <= 128))
 
 
 def _triton(tensors: Tensors, params: tuple, static: Static, dropout: float) -> str | None:
