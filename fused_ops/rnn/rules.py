@@ -1,6 +1,6 @@
 """Which backend can serve an RNN, and where `auto` takes it."""
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -96,6 +96,8 @@ def _cuda(tensors: Tensors, params: tuple, static: Static, dropout: float) -> st
         return "has neither zoneout nor variational dropout"
     if tensors.input.dtype == torch.float32 and matmul_dot_precision() != "tf32":
         return "multiplies float32 in TF32, which torch.backends.cuda.matmul.fp32_precision does not ask for"
+    if extension.host is None:
+        return f"has no planner: {extension.host_missing}"
     index, hidden = tensors.input.get_device(), tensors.h0.size(-1)
     passes = (False, True) if _differentiates(*tensors, *params) else (False,)
     if all(_fits(static.mode, backward, hidden, tensors.input.element_size(), index) for backward in passes):
@@ -104,11 +106,14 @@ def _cuda(tensors: Tensors, params: tuple, static: Static, dropout: float) -> st
 
 
 @traced_as_constant
-def _fits(mode: str, backward: bool, hidden: int, element_bytes: int, index: int) -> bool:
+def _fits(*call) -> bool:
     """Whether a layer's W_hh stays on chip; the batch has no say."""
-    chip = device.chip(index)
-    plan = extension.host.plan_rnn_layer(mode, backward, hidden, 1, 1, element_bytes, *chip)
-    return plan["design"] != "none"
+    return _design(*call) != "none"
+
+
+@cache
+def _design(mode: str, backward: bool, hidden: int, element_bytes: int, index: int) -> str:
+    return extension.host.plan_rnn_layer(mode, backward, hidden, 1, 1, element_bytes, *device.chip(index))["design"]
 
 
 def _gpu_worthwhile(*call) -> str:
