@@ -211,30 +211,26 @@ class Walk {
     }
   }
 
-  void project_inputs(Projection job, int64_t begin, int64_t end) const {
-    if (cell_.w_ih) return isa_.project[call_.kind](job, begin, end);
+  // A kernel on panels of its weights, packed here from `from` if they are not yet.
+  template <typename Job>
+  void run(void (*kernel)(const Job&, int64_t, int64_t), Job job, const float* from, int64_t inputs, int64_t begin,
+           int64_t end) const {
+    if (job.weights) return kernel(job, begin, end);
     pack_and_use(
-        slot_ * cell_.inputs, begin, end,
+        slot_ * inputs, begin, end,
         [&](float* weights, int64_t first, int64_t last) {
-          isa_.pack(cell_.from_ih, call_.gates, call_.hidden, cell_.inputs, weights, first, last);
+          isa_.pack(from, call_.gates, call_.hidden, inputs, weights, first, last);
         },
         [&](const float* weights, int64_t first, int64_t last) {
           job.weights = weights;
-          isa_.project[call_.kind](job, first, last);
+          kernel(job, first, last);
         });
   }
-
-  void take(Step job, int64_t begin, int64_t end) const {
-    if (cell_.w_hh) return isa_.step[call_.kind](job, begin, end);
-    pack_and_use(
-        slot_ * call_.states, begin, end,
-        [&](float* weights, int64_t first, int64_t last) {
-          isa_.pack(cell_.from_hh, call_.gates, call_.hidden, call_.states, weights, first, last);
-        },
-        [&](const float* weights, int64_t first, int64_t last) {
-          job.weights = weights;
-          isa_.step[call_.kind](job, first, last);
-        });
+  void project_inputs(const Projection& job, int64_t begin, int64_t end) const {
+    run(isa_.project[call_.kind], job, cell_.from_ih, cell_.inputs, begin, end);
+  }
+  void take(const Step& job, int64_t begin, int64_t end) const {
+    run(isa_.step[call_.kind], job, cell_.from_hh, call_.states, begin, end);
   }
 
   // Many rows: each panel's gates are used at once and stay in the nearest cache.
