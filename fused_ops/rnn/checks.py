@@ -21,6 +21,14 @@ def _tensor(name: str, value: object, like: Tensor | None = None) -> None:
         raise ArgumentError(name, f"of input's dtype {like.dtype}", value.dtype)
 
 
+def _tensors(name: str, values: tuple, like: Tensor) -> None:
+    """Each as `_tensor` wants it; `name` has a place for its number."""
+    dtype, device = like.dtype, like.device
+    for i, value in enumerate(values):
+        if not isinstance(value, Tensor) or value.dtype != dtype or value.device != device:
+            _tensor(name.format(i), value, like)
+
+
 def _shape(name: str, value: Tensor, wanted: tuple, meaning: str = "") -> None:
     if value.shape != wanted:
         raise ArgumentError(name, f"of shape {tuple(wanted)}{meaning}", f"{tuple(value.shape)}")
@@ -53,12 +61,12 @@ def check_sequence(tensors: Tensors, params: tuple, static: Static) -> None:
     _tensor("input", input)
     if not input.is_floating_point():
         raise TypeError(f"input must be floating point, got {input.dtype}")
-    dims = 3 if tensors.batch_sizes is None else 2
-    if input.dim() != dims:
-        raise ArgumentError("input", f"{dims}-dimensional", f"shape {tuple(input.shape)}")
-    if tensors.batch_sizes is None and input.size(0) == 0:
+    shape, packed = input.shape, tensors.batch_sizes is not None
+    if len(shape) != (2 if packed else 3):
+        raise ArgumentError("input", f"{2 if packed else 3}-dimensional", f"shape {tuple(shape)}")
+    if not packed and shape[0] == 0:
         raise ArgumentError("input", "of at least one step (Expected sequence length to be larger than 0 in RNN)", 0)
-    batch = None if tensors.batch_sizes is not None else input.size(1)
+    batch = None if packed else shape[1]
     hidden, projected = _check_params(input, params, static)
     layers = static.num_layers * static.directions
     states = (("hx[0]", tensors.h0, projected), ("hx[1]", tensors.c0, hidden))
@@ -71,7 +79,7 @@ def check_sequence(tensors: Tensors, params: tuple, static: Static) -> None:
         _tensor("resets", tensors.resets)
         if tensors.resets.dtype != torch.bool:
             raise TypeError(f"resets must be bool, got {tensors.resets.dtype}")
-        _shape("resets", tensors.resets, (input.size(0), batch), " (time, batch) in input's layout")
+        _shape("resets", tensors.resets, (shape[0], batch), " (time, batch) in input's layout")
     if tensors.lengths is not None:
         _check_lengths(tensors.lengths, input)
 
@@ -97,27 +105,27 @@ def _check_params(input: Tensor, params: tuple, static: Static) -> tuple[int, in
         wanted = " or ".join(f"{count * cells} tensors" for count in allowed)
         raise ArgumentError("params", f"{wanted} (got an incorrect number of RNN parameters)", len(params))
     has_projection, per_cell = len(params) // cells > per_cell, len(params) // cells
-    for i, param in enumerate(params):
-        _tensor(f"params[{i}]", param, input)
-    if params[0].dim() != 2 or params[0].size(0) % static.gates:
-        raise ArgumentError("params[0]", f"({static.gates}·hidden, {input.size(-1)})", f"{tuple(params[0].shape)}")
-    rows = params[0].size(0)
-    hidden = rows // static.gates
-    projected = hidden
+    _tensors("params[{}]", params, input)
+    shapes = [param.shape for param in params]
+    if len(shapes[0]) != 2 or shapes[0][0] % static.gates:
+        raise ArgumentError("params[0]", f"({static.gates}·hidden, {input.size(-1)})", f"{tuple(shapes[0])}")
+    rows = shapes[0][0]
+    hidden = projected = rows // static.gates
     if has_projection:
         w_hr = per_cell - static.norms - 1
-        if params[w_hr].dim() != 2:
-            raise ArgumentError(f"params[{w_hr}]", f"(projected, {hidden})", f"{tuple(params[w_hr].shape)}")
-        projected = params[w_hr].size(0)
+        if len(shapes[w_hr]) != 2:
+            raise ArgumentError(f"params[{w_hr}]", f"(projected, {hidden})", f"{tuple(shapes[w_hr])}")
+        projected = shapes[w_hr][0]
+    others = [(rows, projected)]
+    others += [(rows,), (rows,)] if static.has_biases else []
+    others += [(projected, hidden)] if has_projection else []
+    others += [(rows,), (rows,), (hidden,), (hidden,)][: static.norms]
     for cell in range(cells):
-        features = input.size(-1) if cell < static.directions else projected * static.directions
-        wanted = [(rows, features), (rows, projected)]
-        wanted += [(rows,), (rows,)] if static.has_biases else []
-        wanted += [(projected, hidden)] if has_projection else []
-        wanted += [(rows,), (rows,), (hidden,), (hidden,)][: static.norms]
-        for i, shape in enumerate(wanted, cell * per_cell):
-            if params[i].shape != shape:
-                raise ArgumentError(f"params[{i}]", f"of shape {shape}", f"{tuple(params[i].shape)}")
+        features = input.shape[-1] if cell < static.directions else projected * static.directions
+        first, wanted = cell * per_cell, [(rows, features), *others]
+        if shapes[first : first + per_cell] != wanted:
+            i = next(i for i, shape in enumerate(wanted, first) if shapes[i] != shape)
+            raise ArgumentError(f"params[{i}]", f"of shape {wanted[i - first]}", f"{tuple(shapes[i])}")
     return hidden, projected
 
 

@@ -27,6 +27,8 @@ class Noise(NamedTuple):
 
 def drawn(tensors: Tensors, params: tuple, static: Static, noise: Noise) -> tuple[Tensors, tuple, Static, float]:
     """(tensors, params, static, dropout that is still to be drawn) of a call under `noise`."""
+    if noise[1:] == (0, 0, 0, 0):
+        return tensors, params, static, 0.0
     zoneout = noise.zoneout if isinstance(noise.zoneout, (tuple, list)) else (noise.zoneout, noise.zoneout)
     zoneout = zoneout if static.is_lstm else (zoneout[0], 0.0)
     if not noise.train:

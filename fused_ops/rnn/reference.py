@@ -107,6 +107,12 @@ def weights_of(params: tuple, cell: int, static: Static) -> Weights:
     return Weights(w_ih, w_hh, *biases, rest[0] if len(rest) > len(norms) else None, *norms)
 
 
+def projected(params: tuple, static: Static) -> bool:
+    """Whether each cell has a W_hr."""
+    per_cell = len(params) // (static.num_layers * static.directions)
+    return per_cell > (4 if static.has_biases else 2) + static.norms
+
+
 def zoned(tensors: Tensors, static: Static) -> bool:
     """Whether there is zoneout, drawn or expected."""
     drawn = tensors.zone_h is not None or tensors.zone_c is not None
