@@ -30,7 +30,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _differentiates(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
 def _float_type(input: Tensor) -> str | None:
@@ -42,7 +42,7 @@ def _cpu(tensors: Tensors, params: tuple, static: Static, dropout: float) -> str
         return reason
     if tensors.recurrent_masks is not None or reference.zoned(tensors, static):
         return "has a layer norm, but none with zoneout or variational dropout"
-    if reference.weights_of(params, 0, static).w_hr is not None:
+    if reference.projected(params, static):
         return "has a layer norm, but none with a projection of the state"
     return None
 
@@ -55,10 +55,11 @@ def _run_cpu(tensors: Tensors, params: tuple, static: Static, dropout: float) ->
 def _cpu_worthwhile(tensors: Tensors, params: tuple, static: Static, dropout: float) -> str | None:
     if not _VECTORISED:
         return _NOT_MEASURED
-    unmeasured = tensors.input.dtype != torch.float32 or reference.weights_of(params, 0, static).w_hr is not None
-    if unmeasured and reference.torch_has_it(tensors, static):
+    if not reference.torch_has_it(tensors, static):
+        return None
+    if tensors.input.dtype != torch.float32 or reference.projected(params, static):
         return _UNMEASURED
-    if tensors.lengths is not None or not reference.torch_has_it(tensors, static):
+    if tensors.lengths is not None:
         return None
     if torch.compiler.is_compiling():  # no guard on a size; a compiled reference runs forward again in its backward
         return None
@@ -84,7 +85,7 @@ def _long_enough(gru: bool, trains: bool, time: int, batch: int, hidden: int) ->
 def _triton(tensors: Tensors, params: tuple, static: Static, dropout: float) -> str | None:
     if static.layer_norm:
         return "has no layer norm"
-    if reference.weights_of(params, 0, static).w_hr is not None:
+    if reference.projected(params, static):
         return "has no projection of the state"
     return _float_type(tensors.input)
 
