@@ -28,7 +28,7 @@ void check_saved(const Call& call, const Saved& saved) {
   holds(saved.output, call.area, "output");
   holds(saved.inner, (call.layers - 1) * call.area, "inner");
   holds(saved.c_all, call.kind == LSTM ? places * call.hidden : 0, "c_all");
-  holds(saved.kept, places * call.hidden * call.kept, "kept");
+  holds(saved.kept, places * call.kept, "kept");
   holds(saved.grad_output, call.area, "grad_output");
   holds(saved.grad_h_n, rows * call.states, "grad_h_n");
   holds(saved.grad_c_n, rows * call.hidden, "grad_c_n");
@@ -45,10 +45,8 @@ std::vector<BackCell> cells_of(const Call& call, const Saved& saved, int64_t lay
   for (int64_t direction = 0; direction < call.directions; ++direction) {
     const int64_t at = layer * call.directions + direction, rows = at * call.batch, places = at * call.positions;
     BackCell cell{at, call.layer_inputs(layer), direction == 1, x, y.from(direction * states)};
-    if (call.kept > 0) {
-      const int64_t kept = call.kept * hidden;
-      cell.kept = call.grid(saved.kept.const_data_ptr<float>() + places * kept, kept);
-    }
+    if (call.kept > 0)
+      cell.kept = call.grid(saved.kept.const_data_ptr<float>() + places * call.kept, call.kept);
     cell.grad = grad.from(direction * states), cell.dx = dx;
     cell.grad_all = call.grid(from(Saved::data(saved.grad_h_all), places * states), states);
     cell.h0 = call.h0.const_data_ptr<float>() + rows * states;
@@ -63,6 +61,7 @@ std::vector<BackCell> cells_of(const Call& call, const Saved& saved, int64_t lay
     }
     cell.mask = call.recurrent_mask(at);
     cell.zone_h = call.zones_h(at), cell.zone_c = call.zones_c(at);
+    if (call.layer_norm) cell.norms = call.norms_of(at);
     for (int64_t i = 0; need_params && i < call.per_cell; ++i)
       cell.d_params[i] = d[3 + at * call.per_cell + i].mutable_data_ptr<float>();
     cells.push_back(cell);
@@ -87,10 +86,10 @@ std::vector<Tensor> backward(const std::optional<Tensor>& grad_output, const std
                              const std::optional<Tensor>& zone_h, const std::optional<Tensor>& zone_c,
                              const std::vector<Tensor>& params, const Tensor& output, const Tensor& inner,
                              const Tensor& c_all, const Tensor& kept, const std::string& mode, bool has_biases,
-                             bool bidirectional, double zoneout_h, double zoneout_c, bool need_input,
-                             bool need_params) {
+                             bool bidirectional, double zoneout_h, double zoneout_c, bool layer_norm,
+                             bool need_input, bool need_params) {
   const Call call({input, h0, c0, lengths, resets, batch_sizes, masks, params, mode, has_biases, bidirectional,
-                   {recurrent_masks, zone_h, zone_c, zoneout_h, zoneout_c}});
+                   layer_norm, {recurrent_masks, zone_h, zone_c, zoneout_h, zoneout_c}});
   const Saved saved{compact(output),       compact(inner), compact(c_all),   compact(kept),
                     dense(grad_output, true), dense(grad_h_n),   dense(grad_c_n),     dense(grad_h_all),
                     dense(grad_c_all)};

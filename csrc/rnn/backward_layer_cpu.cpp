@@ -6,8 +6,9 @@
 // all rows and steps of the chunk, read where they lie, and dL/dx is another. A step that began with a reset passes
 // nothing back.
 //
-// Where a recurrent mask, zoneout or a projection stands between dL/dh and the cell, a step is two kernels, the product
-// and the cell's own (whose product is then that with W_hr), with pointwise passes over its rows around them.
+// Where a recurrent mask, zoneout, a projection or a layer norm stands between dL/dh and the cell, a step is two
+// kernels, the product and the cell's own (whose product is then that with W_hr), with pointwise passes over its rows
+// around them. A layer norm's gradient needs sums over a row's slopes; the forward kept what came out of the norms.
 //
 // Threads: rows are independent within a chunk as they are forward, or share panels; the GEMMs split their outputs.
 // Every sum has one order, whatever the threads, so that results repeat bitwise; dL/dx, dL/dh_0 and dL/dc_0 of a row
@@ -41,9 +42,10 @@ class Layer {
  public:
   Layer(const Isa& isa, const Call& call, int64_t layer, std::vector<BackCell> cells, bool need_input, bool need_params)
       : isa_(isa), call_(call), rows_(call.rows), cells_(std::move(cells)), hidden_(call.hidden), states_(call.states),
-        gates_(call.gates), slopes_(slopes_of(call.kind)), masked_(cells_[0].mask != nullptr),
-        zoned_h_(cells_[0].zone_h.any()), zoned_c_(cells_[0].zone_c.any()),
-        through_(masked_ || zoned_h_ || zoned_c_ || call.projected),
+        gates_(call.gates), slopes_(call.layer_norm ? norm_slopes_of(call.kind) : slopes_of(call.kind)),
+        left_slopes_(call.layer_norm ? 2 * gates_ : slopes_), wide_(std::max(hidden_, states_)),
+        masked_(cells_[0].mask != nullptr), zoned_h_(cells_[0].zone_h.any()), zoned_c_(cells_[0].zone_c.any()),
+        through_(masked_ || zoned_h_ || zoned_c_ || call.projected || call.layer_norm),
         dh_at_(slopes_ * hidden_), fed_at_(dh_at_ + (through_ ? states_ : 0)),
         inner_at_(fed_at_ + (masked_ ? states_ : 0)), stride_(inner_at_ + (call.projected ? hidden_ : 0) + PADDING),
         need_input_(need_input), need_params_(need_params), parallel_(call.flops(layer) >= SERIAL_FLOPS) {}
@@ -53,7 +55,7 @@ class Layer {
     int64_t most = 0;
     std::vector<Chunk> chunks = split(most);
     pack(chunks.size() == 1);
-    const int64_t blocks = slopes_ * blocks_of(hidden_), width = cells_[0].inputs + states_ + 2 * isa_.lanes;
+    const int64_t blocks = left_slopes_ * blocks_of(hidden_), width = cells_[0].inputs + states_ + 2 * isa_.lanes;
     float* memory = chunk_scratch.reserve(directions * (most + call_.batch) * stride_ +
                                           most * (blocks * isa_.block + width));
     float* const packed = memory + directions * (most + call_.batch) * stride_;
@@ -99,13 +101,14 @@ class Layer {
         isa_.pack_columns(from_hh, rows, states_, rotate() * hidden_, w_hh, begin, std::min(end, hh));
         isa_.pack_columns(from_ih, rows, inputs, 0, w_ih, std::max(begin, hh) - hh, end - hh);
       });
-      if (hr > 0) isa_.pack_columns(call_.projection(cell.index), states_, hidden_, 0, w_hr, 0, hr);
+      if (hr > 0) isa_.pack_columns(call_.param(cell.index, call_.w_hr), states_, hidden_, 0, w_hr, 0, hr);
     }
   }
 
-  // Slopes 0, 1, 2 of a GRU belong to the products n, r, z with W_hh; those from 1 on to r, z, n with W_ih.
-  int64_t rotate() const { return call_.kind == GRU ? 2 : 0; }
-  int64_t input_slope() const { return slopes_ - gates_; }
+  // Slopes 0, 1, 2 of a GRU belong to the products n, r, z with W_hh; those from 1 on to r, z, n with W_ih. With a layer
+  // norm each product has slopes of its own, in order.
+  int64_t rotate() const { return call_.kind == GRU && !call_.layer_norm ? 2 : 0; }
+  int64_t input_slope() const { return left_slopes_ - gates_; }
 
   bool worth_threads(int64_t tokens) const {
     return 2 * tokens * gates_ * hidden_ * cells_[0].inputs >= SERIAL_GEMM_FLOPS;
@@ -195,16 +198,14 @@ class Layer {
   }
 
   void zero(const BackCell& cell) const {
-    const int64_t rows = gates_ * hidden_;
-    const int64_t sizes[] = {rows * cell.inputs, rows * states_, rows, rows};
-    for (int64_t i = 0; i < (call_.has_biases ? 4 : 2); ++i) std::fill_n(cell.d_params[i], sizes[i], 0.0f);
-    if (call_.projected) std::fill_n(cell.d_params[call_.per_cell - 1], states_ * hidden_, 0.0f);
+    for (int64_t i = 0; i < call_.per_cell; ++i)
+      std::fill_n(cell.d_params[i], call_.params[cell.index * call_.per_cell + i].numel(), 0.0f);
   }
 
-  // One step of the rows group, group + groups, ... where dL/dh goes through a mask, zoneout or a projection.
+  // One step of the rows group, group + groups, ... where dL/dh goes through a mask, zoneout, a projection or a norm.
   void step_through(const BackCell& cell, int64_t s, int64_t group, int64_t groups, std::vector<BackRow>& rows,
                     int64_t inputs, bool shared) const {
-    const int64_t count = rows.size(), each = states_ + 2 * hidden_ + std::max(hidden_, states_);
+    const int64_t count = rows.size(), each = 2 * (wide_ + hidden_);
     float* const memory = states_scratch.reserve(count * each);
     if (inputs > 0) {
       std::vector<const float*> later;
@@ -215,19 +216,37 @@ class Layer {
     }
     for (int64_t i = 0; i < count; ++i) enter(cell, s, rows_.order[group + i * groups], rows[i], memory + i * each);
     if (s < 0) return;
-    back(rows, cell.w_hr, call_.projected ? states_ : 0, shared);
+    if (call_.layer_norm) back_normed(cell, rows, memory, each, shared);
+    else back(rows, cell.w_hr, call_.projected ? states_ : 0, shared);
     const bool gru = zoned_h_ && call_.kind == GRU;
     for (int64_t i = 0; i < count && (gru || zoned_c_); ++i) {
       float* const to = gru ? rows[i].passed : rows[i].dc_out;
-      const float* const kept = memory + i * each + states_ + 2 * hidden_;
+      const float* const kept = memory + i * each + wide_ + 2 * hidden_;
       isa_.split({nullptr, nullptr, to, kept, nullptr, {}, to, nullptr}, gru ? states_ : hidden_);
     }
+  }
+
+  // From dL/dh~ where `enter` left it, through W_hr, the norms and the gates between them. In a row's memory W_hr's
+  // product takes the place of W_hh's.
+  void back_normed(const BackCell& cell, std::vector<BackRow>& rows, float* memory, int64_t each, bool shared) const {
+    if (call_.projected) {
+      std::vector<const float*> later;
+      std::vector<float*> products;
+      for (BackRow& row : rows) {
+        later.push_back(row.later);
+        row.carried = products.emplace_back(memory + products.size() * each);
+      }
+      product({later.data(), static_cast<int64_t>(rows.size()), states_, hidden_, cell.w_hr, products.data(), false},
+              nullptr, 0, shared);
+    }
+    const NormBack job{rows.data(), hidden_, cell.norms, zoned_h_, call_.projected ? inner_at_ : 0};
+    spread(shared, rows.size(), [&](int64_t begin, int64_t end) { isa_.norm->back[call_.kind](job, begin, end); });
   }
 
   // Takes a row's dL/dh, whose product is in `memory`, to where the cell finds it. Of `memory` the rest is scratch: c~,
   // dL/dc~ and what zoneout hands to the state before and the cell's kernel must not overwrite.
   void enter(const BackCell& cell, int64_t s, int64_t place, BackRow& row, float* memory) const {
-    float *const c = memory + states_, *const dc = c + hidden_, *const kept = dc + hidden_;
+    float *const c = memory + wide_, *const dc = c + hidden_, *const kept = dc + hidden_;
     const float* const product = row.cut ? nullptr : memory;
     const float* const mask = masked_ ? cell.mask + place * states_ : nullptr;
     if (s < 0) return isa_.split({product, mask, row.carried, nullptr, nullptr, {}, row.passed, nullptr}, states_);
@@ -243,8 +262,9 @@ class Layer {
       isa_.split({nullptr, nullptr, row.dc, row.grad_c, nullptr, cell.zone_c.at(t, place), dc, kept}, hidden_);
       row.dc = dc, row.grad_c = nullptr;
     }
-    if (zoned_c_ || call_.projected) {
-      isa_.recall(row.kept, row.c_before, c, call_.projected ? row.slopes + inner_at_ : nullptr, hidden_);
+    const bool inner = call_.projected && !call_.layer_norm;
+    if (zoned_c_ || inner) {
+      isa_.recall(row.kept, row.c_before, c, inner ? row.slopes + inner_at_ : nullptr, hidden_);
       row.c = c;
     }
   }
@@ -299,7 +319,7 @@ class Layer {
   void products(BackCell& cell, const Chunk& chunk, float* packed) {
     const int64_t tokens = chunk.tokens();
     if (tokens == 0 || hidden_ == 0) return;
-    slope_rows_.clear(), x_rows_.clear(), h_rows_.clear(), dx_rows_.clear();
+    slope_rows_.clear(), x_rows_.clear(), h_rows_.clear(), dx_rows_.clear(), kept_rows_.clear();
     for (int64_t s = chunk.begin; s < chunk.end; ++s)
       for (int64_t place = 0; place < rows_.live[s]; ++place) {
         const int64_t row = rows_.order[place], t = rows_.time_of(s, row, cell.reverse);
@@ -308,6 +328,7 @@ class Layer {
         h_rows_.push_back(masked_ ? chunk.slopes + h_rows_.size() * stride_ + fed_at_
                                   : before(cell, cell.out, cell.h0 + row * states_, s, row));
         dx_rows_.push_back(cell.dx.at(t, row));
+        if (call_.layer_norm) kept_rows_.push_back(cell.kept.at(t, row));
       }
     if (need_input_) {
       product({slope_rows_.data(), tokens, gates_ * hidden_, cell.inputs, cell.w_ih, dx_rows_.data(),
@@ -316,14 +337,15 @@ class Layer {
     }
     if (need_params_) weight_gradients(cell, chunk, packed);
     if (need_params_ && call_.projected) projection_gradient(cell, chunk, packed);
+    if (need_params_ && call_.layer_norm) norm_gradients(cell, chunk);
     cell.written = true;
   }
 
   void weight_gradients(const BackCell& cell, const Chunk& chunk, float* packed) const {
     const int64_t tokens = chunk.tokens(), per_slope = blocks_of(hidden_), block = isa_.block * tokens;
     const int64_t ih = panels_of(isa_, cell.inputs), hh = panels_of(isa_, states_), lanes = isa_.lanes * tokens;
-    float *const x = packed + slopes_ * per_slope * block, *const h = x + ih * lanes;
-    const int64_t left = slopes_ * per_slope;
+    const int64_t left = left_slopes_ * per_slope;
+    float *const x = packed + left * block, *const h = x + ih * lanes;
     spread(worth_threads(tokens), left + ih + hh, [&](int64_t begin, int64_t end) {
       const auto part = [&](int64_t first, int64_t count) {
         return std::pair(std::clamp<int64_t>(begin - first, 0, count), std::clamp<int64_t>(end - first, 0, count));
@@ -344,7 +366,7 @@ class Layer {
     spread(worth_threads(tokens), gates_ * per_slope, [&](int64_t begin, int64_t end) {
       isa_.outer(w_ih, begin, end);
       isa_.outer(w_hh, begin, end);
-      if (!call_.has_biases) return;
+      if (!call_.has_biases || call_.layer_norm) return;
       isa_.sums(b_ih, begin, end);
       isa_.sums(b_hh, begin, end);
     });
@@ -357,9 +379,33 @@ class Layer {
     for (int64_t i = 0; i < tokens; ++i) h_rows_[i] = chunk.slopes + i * stride_ + inner_at_;
     isa_.pack_left(chunk.slopes + dh_at_, stride_, tokens, states_, packed, 0, left);
     isa_.pack_right(h_rows_.data(), tokens, hidden_, inner, 0, right);
-    const Outer job{packed, inner, tokens, states_, hidden_, 1, 0, cell.d_params[call_.per_cell - 1],
-                    cell.written};
+    const Outer job{packed, inner, tokens, states_, hidden_, 1, 0, cell.d_params[call_.w_hr], cell.written};
     spread(worth_threads(tokens), left, [&](int64_t begin, int64_t end) { isa_.outer(job, begin, end); });
+  }
+
+  // The norms' gradients and the biases behind them, gate by gate.
+  void norm_gradients(const BackCell& cell, const Chunk& chunk) const {
+    const int64_t x_ih = kept_of(call_.kind, zoned_h_) * hidden_, x_hh = x_ih + gates_ * hidden_;
+    const float* const slopes = chunk.slopes + 2 * gates_ * hidden_;
+    const auto into = [&](int64_t param, int64_t at) { return param < 0 ? nullptr : cell.d_params[param] + at; };
+    const int64_t b_ih = call_.has_biases ? 2 : -1, b_hh = call_.has_biases ? 3 : -1;
+    std::vector<NormSums> jobs;
+    const auto job = [&](int64_t slope, int64_t factor, float* sum, float* dot) {
+      jobs.push_back({slopes + slope * hidden_, stride_, chunk.tokens(), hidden_, kept_rows_.data(), factor, sum, dot,
+                      cell.written});
+    };
+    for (int64_t gate = 0; gate < gates_; ++gate) {
+      const int64_t at = gate * hidden_, second = call_.kind == GRU && gate == 2 ? 3 : gate;
+      job(gate, x_ih + at, into(b_ih, at), into(call_.norms, at));
+      job(second, x_hh + at, into(b_hh, at), into(call_.norms + 1, at));
+    }
+    if (call_.kind == LSTM) {
+      job(4, 0, into(call_.norms + 3, 0), nullptr);
+      job(5, 0, into(call_.norms + 2, 0), nullptr);
+    }
+    spread(worth_threads(chunk.tokens()), jobs.size(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) isa_.norm->sums(jobs[i], 0, panels_of(isa_, hidden_));
+    });
   }
 
   const Isa& isa_;
@@ -367,11 +413,13 @@ class Layer {
   const Rows& rows_;
   std::vector<BackCell> cells_;
   const int64_t hidden_, states_, gates_, slopes_;
+  const int64_t left_slopes_, wide_;  // slopes of the weights' gradients; the larger of h's and c's sizes
   const bool masked_, zoned_h_, zoned_c_, through_;
-  // After a token's slopes, where there are such: dL/dh~, h·mask before the step, o·tanh(c~). stride_: to the next token.
+  // After a token's slopes, where there are such: dL/dh~, h·mask before the step, o·tanh(c~). stride_: to the next
+  // token.
   const int64_t dh_at_, fed_at_, inner_at_, stride_;
   const bool need_input_, need_params_, parallel_;
-  std::vector<const float*> slope_rows_, x_rows_, h_rows_;
+  std::vector<const float*> slope_rows_, x_rows_, h_rows_, kept_rows_;
   std::vector<float*> dx_rows_;
 };
 

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "common/check.h"
-#include "rnn/isa.h"
+#include "rnn/norm.h"
 
 namespace fused_ops::rnn {
 
@@ -80,7 +80,7 @@ struct Inputs {
   const std::optional<Tensor>&c0, &lengths, &resets, &batch_sizes, &masks;
   const std::vector<Tensor>& params;
   const std::string& mode;
-  bool has_biases, bidirectional;
+  bool has_biases, bidirectional, layer_norm;
   Extras extras = {};
 };
 
@@ -98,8 +98,9 @@ struct Call {
   Kind kind;
   int64_t layers, directions, batch, hidden, inputs, gates;
   int64_t states, width;  // h's size, `hidden` or what that is projected to, and that of a layer's output
-  bool has_biases, projected;
-  int64_t per_cell, kept;  // parameters of a cell; values of a unit that a step keeps for its derivative
+  bool has_biases, layer_norm, projected;
+  int64_t w_hr, norms, per_cell;  // where a cell's parameters of that name begin, and how many it has
+  int64_t kept;                   // floats that a step keeps for its derivative
   Rows rows;
   std::vector<int64_t> shape;  // of a layer's output
   int64_t positions, area;     // steps of rows in a layer's output, padding included, and its elements
@@ -112,11 +113,11 @@ struct Call {
   explicit Call(const Inputs& given);
   int64_t cells() const { return layers * directions; }
   int64_t layer_inputs(int64_t layer) const { return layer == 0 ? inputs : width; }
-  const float* param(int64_t cell, int64_t i) const {
-    return i < 2 || has_biases ? params[cell * per_cell + i].const_data_ptr<float>() : nullptr;
-  }
-  const float* projection(int64_t cell) const {
-    return projected ? params[(cell + 1) * per_cell - 1].const_data_ptr<float>() : nullptr;
+  const float* param(int64_t cell, int64_t i) const { return params[cell * per_cell + i].const_data_ptr<float>(); }
+  const float* bias(int64_t cell, int64_t i) const { return has_biases ? param(cell, 2 + i) : nullptr; }
+  Norms norms_of(int64_t cell) const {
+    const auto at = [&](int64_t i) { return norms + i < per_cell ? param(cell, norms + i) : nullptr; };
+    return {at(0), at(1), bias(cell, 0), bias(cell, 1), at(2), at(3)};
   }
   const float* recurrent_mask(int64_t cell) const {  // (batch, states)
     const auto& all = extras.recurrent_masks;
@@ -149,8 +150,8 @@ Tensor rows_of_floats(const Tensor& tensor);
 // to = a·b, elementwise; a may be `to`.
 void multiply(float* to, const float* a, const float* b, int64_t count);
 
-// For each panel: pack(weights, panel, panel + 1), then use(weights, panel, panel + 1), in memory that stays in cache, where
-// every panel is used once. weights: where panel 0 would begin, panels of `floats` each.
+// For each panel: pack(weights, panel, panel + 1), then use(weights, panel, panel + 1), in memory that stays in cache,
+// where every panel is used once. weights: where panel 0 would begin, panels of `floats` each.
 template <typename Pack, typename Use>
 void pack_and_use(int64_t floats, int64_t begin, int64_t end, Pack pack, Use use) {
   thread_local Scratch scratch;

@@ -83,15 +83,17 @@ void multiply(float* to, const float* a, const float* b, int64_t count) {
 
 Call::Call(const Inputs& given)
     : kind(kind_of(given.mode)), directions(given.bidirectional ? 2 : 1), gates(gates_of(kind)),
-      has_biases(given.has_biases), input(given.input), h0(given.h0), extras(given.extras) {
+      has_biases(given.has_biases), layer_norm(given.layer_norm), input(given.input), h0(given.h0),
+      extras(given.extras) {
   check_floats(input, "input");
   check_floats(h0, "h0");
   STD_TORCH_CHECK(h0.dim() == 3, "h0 must be (layers·directions, batch, hidden)");
   STD_TORCH_CHECK(given.c0.has_value() == (kind == LSTM), "c0 must be given exactly for an lstm");
   const int64_t cells = h0.size(0);
-  per_cell = has_biases ? 4 : 2;
+  w_hr = has_biases ? 4 : 2;
+  per_cell = w_hr + (layer_norm ? kind == LSTM ? 4 : 2 : 0);
   projected = kind == LSTM && static_cast<int64_t>(given.params.size()) == cells * (per_cell + 1);
-  per_cell += projected;
+  norms = w_hr + projected, per_cell += projected;
   STD_TORCH_CHECK(input.dim() == (given.batch_sizes ? 2 : 3), "input must be (time, batch, features) or packed");
   batch = h0.size(1), states = h0.size(2), inputs = input.size(-1), width = directions * states;
   hidden = projected ? given.c0->size(-1) : states;
@@ -126,7 +128,8 @@ Call::Call(const Inputs& given)
   }
   check_params(given.params);
   check_extras();
-  kept = kept_of(kind, zones_h(0).any());
+  const bool zoned = zones_h(0).any();
+  kept = layer_norm ? norm_kept_of(kind, zoned, hidden) : kept_of(kind, zoned) * hidden;
   zeros.assign(4 * std::max(hidden, states), 0.0f);
 }
 
@@ -134,8 +137,10 @@ void Call::check_params(const std::vector<Tensor>& given) {
   for (int64_t i = 0; i < static_cast<int64_t>(given.size()); ++i) {
     const int64_t cell = i / per_cell, role = i % per_cell;
     check_floats(given[i], "params");
-    if (projected && role == per_cell - 1) {
+    if (projected && role == w_hr) {
       check_shape(given[i], {states, hidden}, "params' projection");
+    } else if (role >= norms) {
+      check_shape(given[i], {(role < norms + 2 ? gates : 1) * hidden}, "params' norm");
     } else if (role < 2) {
       const int64_t columns = role == 0 ? layer_inputs(cell / directions) : states;
       check_shape(given[i], {gates * hidden, columns}, "params' weight");

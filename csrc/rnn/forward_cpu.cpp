@@ -1,10 +1,14 @@
-// RNN sequences on the CPU, float32: tanh, ReLU, GRU and LSTM, with a projected state, recurrent masks and zoneout.
+// RNN sequences on the CPU, float32: tanh, ReLU, GRU and LSTM, with a projected state, recurrent masks, zoneout and a
+// layer norm.
 //
 // The idea: both projections run on one microkernel whose weights are packed in every call (a cache could go stale
 // unseen), and whose epilogue is the whole step, so that gates never leave the registers. States are never copied: the
 // output row of a step is the state the next one reads. Rows of different length sit sorted by length behind an index,
 // the live ones are a prefix of it, and the padding is never touched. Projection, zoneout and masks act on a step's
 // rows after it, while they are in cache.
+//
+// A layer norm needs all gates of a row before it can make one of them, so there the step is not its product's
+// epilogue: both products go into a buffer that stays in cache, and one sweep over a row takes it through the norms.
 //
 // Inputs that are bitwise the same row (an embedding's, above all) are projected once: a hash finds them, and is given
 // up where it finds none. Equal rows have equal projections, so this changes no bit of the result.
@@ -41,14 +45,15 @@ struct Cell {
   float *h_n, *c_n;
   const float* mask;
   Zones zone_h, zone_c;
+  Norms norms;
 };
 
 void pack_biases(const Isa& isa, const Call& call, int64_t cell, float* bias_ih, float* bias_hn) {
   const int64_t panels = panels_of(isa, call.hidden), lanes = isa.lanes, hidden = call.hidden, gates = call.gates;
   std::fill_n(bias_ih, panels * gates * lanes, 0.0f);
   std::fill_n(bias_hn, panels * lanes, 0.0f);
-  if (!call.has_biases) return;
-  const float *b_ih = call.param(cell, 2), *b_hh = call.param(cell, 3);
+  if (!call.has_biases || call.layer_norm) return;  // a norm's are added after it
+  const float *b_ih = call.bias(cell, 0), *b_hh = call.bias(cell, 1);
   for (int64_t unit = 0; unit < hidden; ++unit)
     for (int64_t g = 0; g < gates; ++g) {
       const bool split = call.kind == GRU && g == 2;
@@ -78,8 +83,9 @@ void pack_cell(const Isa& isa, int64_t index, Cell& cell, float* memory, bool on
   });
   pack_biases(isa, call, index, bias_ih, bias_hn);
   if (call.projected)
-    isa.pack(call.projection(index), 1, call.states, call.hidden, w_hr, 0, panels_of(isa, call.states));
-  cell.w_ih = once_ih ? nullptr : memory, cell.w_hh = once_hh ? nullptr : w_hh, cell.w_hr = call.projected ? w_hr : nullptr;
+    isa.pack(call.param(index, call.w_hr), 1, call.states, call.hidden, w_hr, 0, panels_of(isa, call.states));
+  cell.w_ih = once_ih ? nullptr : memory, cell.w_hh = once_hh ? nullptr : w_hh;
+  cell.w_hr = call.projected ? w_hr : nullptr;
   cell.bias_ih = bias_ih, cell.bias_hn = bias_hn;
 }
 
@@ -115,7 +121,7 @@ class Walk {
       for (; last < steps && static_cast<int64_t>(inputs_.rows().size()) < ahead; ++last)
         for (int64_t i = 0, count = live(last); i < count; ++i)
           slots_.push_back(inputs_.number(cell_.x.at(time(last, mine_[i]), mine_[i])));
-      last - s == 1 && live(s) > MANY_ROWS ? one_step(s) : steps_ahead(s, last);
+      last - s == 1 && live(s) > MANY_ROWS && !call_.layer_norm ? one_step(s) : steps_ahead(s, last);
       s = last;
     }
     for (size_t i = 0; i < mine_.size(); ++i) {
@@ -233,6 +239,19 @@ class Walk {
     run(isa_.step[call_.kind], job, cell_.from_hh, call_.states, begin, end);
   }
 
+  // A step whose gates before their norm are `job.gates`; products: memory for W_hh·h.
+  void take_normed(const Step& job, float* products) {
+    from_.clear();
+    for (int64_t i = 0; i < job.count; ++i) from_.push_back(job.rows[i].fed);
+    const Projection product{from_.data(), job.count, call_.states, job.weights, cell_.bias_ih, products,
+                             job.count * slot_};
+    spread(shared_, panels_, [&](int64_t begin, int64_t end) {
+      run(isa_.project[call_.kind], product, cell_.from_hh, call_.states, begin, end);
+    });
+    const NormStep step{job, products, product.panel_stride, cell_.norms, cell_.zone_h.any()};
+    spread(shared_, job.count, [&](int64_t begin, int64_t end) { isa_.norm->step[call_.kind](step, begin, end); });
+  }
+
   // Many rows: each panel's gates are used at once and stay in the nearest cache.
   void one_step(int64_t s) {
     const int64_t width = inputs_.rows().size() * slot_, stride = shared_ ? width : 0;
@@ -251,13 +270,15 @@ class Walk {
   // Few rows, or few different inputs: those of several steps are projected together.
   void steps_ahead(int64_t s, int64_t last) {
     const int64_t stride = inputs_.rows().size() * slot_;
-    float* const gates = gates_scratch.reserve(panels_ * stride);
+    const int64_t products = call_.layer_norm ? panels_ * slot_ * live(s) : 0;
+    float* const gates = gates_scratch.reserve(panels_ * stride + products);
     const Projection first = projection(gates, stride);
     spread(shared_, panels_, [&](int64_t begin, int64_t end) { project_inputs(first, begin, end); });
     const int32_t* slots = slots_.data();
     for (; s < last; ++s) {
       const Step next = step(s, slots, gates, stride);
-      spread(shared_, panels_, [&](int64_t begin, int64_t end) { take(next, begin, end); });
+      if (call_.layer_norm) take_normed(next, gates + panels_ * stride);
+      else spread(shared_, panels_, [&](int64_t begin, int64_t end) { take(next, begin, end); });
       advance(s, next.count);
       slots += next.count;
     }
@@ -320,12 +341,13 @@ std::vector<Cell> cells_of(const Call& call, int64_t layer, const Grid& x, const
     cell.x = x;
     cell.out = y.from(d * call.states);
     cell.c = call.grid(at(c_all, places * call.hidden), call.hidden);
-    cell.kept = call.grid(at(kept, places * call.kept * call.hidden), call.kept * call.hidden);
+    cell.kept = call.grid(at(kept, places * call.kept), call.kept);
     cell.h0 = call.h0.const_data_ptr<float>() + rows * call.states;
     cell.c0 = call.c0 ? call.c0->const_data_ptr<float>() + rows * call.hidden : nullptr;
     cell.h_n = at(h_n, rows * call.states), cell.c_n = at(c_n, rows * call.hidden);
     cell.mask = call.recurrent_mask(index);
     cell.zone_h = call.zones_h(index), cell.zone_c = call.zones_c(index);
+    if (call.layer_norm) cell.norms = call.norms_of(index);
     cells.push_back(cell);
   }
   return cells;
@@ -337,10 +359,10 @@ Outputs forward(const Tensor& input, const Tensor& h0, const std::optional<Tenso
                 const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& masks,
                 const std::optional<Tensor>& recurrent_masks, const std::optional<Tensor>& zone_h,
                 const std::optional<Tensor>& zone_c, const std::vector<Tensor>& params, const std::string& mode,
-                bool has_biases, bool bidirectional, double zoneout_h, double zoneout_c, bool keep_states,
-                bool keep_gates) {
+                bool has_biases, bool bidirectional, double zoneout_h, double zoneout_c, bool layer_norm,
+                bool keep_states, bool keep_steps) {
   const Call call({input, h0, c0, lengths, resets, batch_sizes, masks, params, mode, has_biases, bidirectional,
-                   {recurrent_masks, zone_h, zone_c, zoneout_h, zoneout_c}});
+                   layer_norm, {recurrent_masks, zone_h, zone_c, zoneout_h, zoneout_c}});
   const int64_t hidden = call.hidden, cells = call.cells();
   const auto places = [&](bool wanted, int64_t first, std::initializer_list<int64_t> last) {
     if (!wanted) return call.empty({0});
@@ -354,7 +376,7 @@ Outputs forward(const Tensor& input, const Tensor& h0, const std::optional<Tenso
                          call.empty(lstm ? std::vector{cells, call.batch, hidden} : std::vector{int64_t{0}}),
                          places(keep_states, call.layers - 1, {call.width}),
                          places(lstm && keep_states, cells, {hidden}),
-                         places(keep_gates && call.kept > 0, cells, {call.kept, hidden})};
+                         places(keep_steps && call.kept > 0, cells, {call.kept})};
   Tensor x = call.input;
   for (int64_t layer = 0; layer < call.layers; ++layer) {
     const bool last = layer + 1 == call.layers;
@@ -365,7 +387,7 @@ Outputs forward(const Tensor& input, const Tensor& h0, const std::optional<Tenso
     if (lengths && (last || keep_states)) zero_padding(call, call.grid(y), call.width);
     for (const Cell& cell : directions) {
       if (lengths && cell.c.data) zero_padding(call, cell.c, hidden);
-      if (lengths && cell.kept.data) zero_padding(call, cell.kept, call.kept * hidden);
+      if (lengths && cell.kept.data) zero_padding(call, cell.kept, call.kept);
     }
     x = y;
     if (!last && masks) {

@@ -62,15 +62,15 @@ FUSED_OPS_INLINE void normalised(const float* from, Moments of, const float* nor
 }
 
 template <int KIND>
-static void norm_step(const NormStep& job, const NormRow& row) {
-  constexpr int G = gates_of(KIND), KEPT = norm_gates_of(KIND);
-  const int64_t hidden = job.hidden;
+static void norm_step(const NormStep& job, const StepRow& row, const float* gh) {
+  constexpr int G = gates_of(KIND);
+  const int64_t hidden = job.step.hidden, gi_stride = job.step.panel_stride;
   const Norms& norms = job.norms;
-  const Moments of_i = moments<G>(row.gi, job.gi_stride, hidden), of_h = moments<G>(row.gh, job.gh_stride, hidden);
-  float* const kept_i = row.kept == nullptr ? nullptr : row.kept + KEPT * hidden;
+  const float* gi = job.step.gates + row.slot * G * LANES;
+  const Moments of_i = moments<G>(gi, gi_stride, hidden), of_h = moments<G>(gh, job.stride, hidden);
+  float* const kept_i = row.kept == nullptr ? nullptr : row.kept + kept_of(KIND, job.zoned) * hidden;
   float* const kept_h = row.kept == nullptr ? nullptr : kept_i + G * hidden;
-  const float *gi = row.gi, *gh = row.gh;
-  for (int64_t unit = 0; unit < hidden; unit += LANES, gi += job.gi_stride, gh += job.gh_stride) {
+  for (int64_t unit = 0; unit < hidden; unit += LANES, gi += gi_stride, gh += job.stride) {
     const int64_t left = hidden - unit;
     Floats a[G], b[G], kept[4];
     normalised<G>(gi, of_i, norms.ih, norms.b_ih, unit, hidden, kept_i, a);
@@ -87,8 +87,8 @@ static void norm_step(const NormStep& job, const NormRow& row) {
       store(row.c_out + unit, kept[1] * load(row.c + unit, left) + kept[0] * kept[2], left);
       store(row.h_out + unit, kept[3], left);
     }
-    if (KEPT > 0 && row.kept != nullptr)
-      for (int i = 0; i < KEPT; ++i) store(row.kept + i * hidden + unit, kept[i], left);
+    if (KIND >= GRU && row.kept != nullptr)
+      for (int i = 0; i < 4; ++i) store(row.kept + i * hidden + unit, kept[i], left);
   }
   Moments of_c{};
   if constexpr (KIND == LSTM) {
@@ -128,13 +128,13 @@ FUSED_OPS_INLINE void through_norm(const float* const (&slopes)[G], const float*
 }
 
 // The slopes of the LSTM's o and of LN(c)·norm_c + bias_c; leaves in `scratch` what comes to c from there.
-static void back_from_c(const NormBackRow& row, const Norms& norms, const float* stats, int64_t hidden, float* slopes,
-                        float* scratch) {
+static void back_from_c(const BackRow& row, const NormBack& job, const float* stats, float* slopes, float* scratch) {
+  const int64_t hidden = job.hidden;
+  const Norms& norms = job.norms;
   float* const values = scratch + hidden;
   for (int64_t unit = 0; unit < hidden; unit += LANES) {
     const int64_t left = hidden - unit;
-    const Floats dh = optional(row.product, unit, left) + optional(row.carried, unit, left) +
-                      optional(row.grad, unit, left) + optional(row.grad_all, unit, left);
+    const Floats dh = load(row.carried + unit, left);
     const Floats o = load(row.kept + 3 * hidden + unit, left);
     const Floats value = (load(row.c + unit, left) - stats[MEAN_C]) * stats[RSTD_C];
     const Floats tanh_c = hyperbolic_tangent(value * load(norms.c + unit, left) + load(norms.bias_c + unit, left));
@@ -143,6 +143,7 @@ static void back_from_c(const NormBackRow& row, const Norms& norms, const float*
     store(slopes + 4 * hidden + unit, slope, left);
     store(slopes + 5 * hidden + unit, slope * value, left);
     store(values + unit, value, left);
+    if (job.inner != 0) store(row.slopes + job.inner + unit, o * tanh_c, left);
   }
   const float* const of_c[1] = {slopes + 4 * hidden};
   through_norm<1>(of_c, norms.c, values, stats[RSTD_C], hidden, scratch);
@@ -150,7 +151,7 @@ static void back_from_c(const NormBackRow& row, const Norms& norms, const float*
 
 // The slopes of a panel's gates before their activation. to_c: what comes to the LSTM's c from h.
 template <int KIND>
-FUSED_OPS_INLINE void back_from_gates(const NormBackRow& row, const float* to_c, int64_t unit, int64_t hidden,
+FUSED_OPS_INLINE void back_from_gates(const BackRow& row, const float* to_c, int64_t unit, int64_t hidden,
                                       float* slopes) {
   const int64_t left = hidden - unit;
   const auto kept = [&](int i) { return load(row.kept + i * hidden + unit, left); };
@@ -164,8 +165,7 @@ FUSED_OPS_INLINE void back_from_gates(const NormBackRow& row, const float* to_c,
     store(row.dc_out + unit, dc * f, left);
     return;
   }
-  const Floats dh = optional(row.product, unit, left) + optional(row.carried, unit, left) +
-                    optional(row.grad, unit, left) + optional(row.grad_all, unit, left);
+  const Floats dh = load(row.carried + unit, left);
   if constexpr (KIND == TANH) {
     const Floats h = load(row.h + unit, left);
     slope(0, dh * (1.0f - h * h));
@@ -183,24 +183,25 @@ FUSED_OPS_INLINE void back_from_gates(const NormBackRow& row, const float* to_c,
 }
 
 template <int KIND>
-static void norm_back(const NormBack& job, const NormBackRow& row) {
+static void norm_back(const NormBack& job, const BackRow& row) {
   constexpr int G = gates_of(KIND);
   const int64_t hidden = job.hidden;
-  const float *x_ih = row.kept + norm_gates_of(KIND) * hidden, *x_hh = x_ih + G * hidden, *stats = x_hh + G * hidden;
+  const float* const x_ih = row.kept + kept_of(KIND, job.zoned) * hidden;
+  const float *const x_hh = x_ih + G * hidden, *const stats = x_hh + G * hidden;
   float *const d_hh = row.slopes, *const d_ih = d_hh + G * hidden, *const slopes = d_ih + G * hidden;
-  if constexpr (KIND == LSTM) back_from_c(row, job.norms, stats, hidden, slopes, d_hh);
+  if constexpr (KIND == LSTM) back_from_c(row, job, stats, slopes, d_hh);
   for (int64_t unit = 0; unit < hidden; unit += LANES) back_from_gates<KIND>(row, d_hh, unit, hidden, slopes);
   const float *of_ih[G], *of_hh[G];
   for (int g = 0; g < G; ++g) of_ih[g] = of_hh[g] = slopes + g * hidden;
   if (KIND == GRU) of_hh[G - 1] = slopes + 3 * hidden;
   through_norm<G>(of_ih, job.norms.ih, x_ih, stats[RSTD_IH], hidden, d_ih);
   through_norm<G>(of_hh, job.norms.hh, x_hh, stats[RSTD_HH], hidden, d_hh);
-  __builtin_memcpy(row.later, d_hh, G * hidden * sizeof(float));
 }
 
 template <int KIND>
 static void norm_step(const NormStep& job, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) norm_step<KIND>(job, job.rows[row]);
+  for (int64_t row = begin; row < end; ++row)
+    norm_step<KIND>(job, job.step.rows[row], job.products + row * gates_of(KIND) * LANES);
 }
 
 template <int KIND>
@@ -217,8 +218,11 @@ static void norm_sums(const NormSums& job, int64_t begin, int64_t end) {
       sum += slope;
       if (job.dot != nullptr) dot += slope * load(job.factors[token] + job.offset + unit, left);
     }
-    if (job.sum != nullptr) store(job.sum + unit, load(job.sum + unit, left) + sum, left);
-    if (job.dot != nullptr) store(job.dot + unit, load(job.dot + unit, left) + dot, left);
+    const auto into = [&](float* to, Floats value) {
+      if (to != nullptr) store(to + unit, job.add ? load(to + unit, left) + value : value, left);
+    };
+    into(job.sum, sum);
+    into(job.dot, dot);
   }
 }
 

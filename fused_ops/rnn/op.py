@@ -73,12 +73,12 @@ _CPU_CALL = (
     "Tensor input, Tensor h0, Tensor? c0, Tensor? lengths, Tensor? resets, Tensor? batch_sizes, Tensor? masks,"
     " Tensor? recurrent_masks, Tensor? zone_h, Tensor? zone_c, Tensor[] params"
 )
-_CPU_STATIC = "str mode, bool has_biases, bool bidirectional, float zoneout_h, float zoneout_c"
+_CPU_STATIC = "str mode, bool has_biases, bool bidirectional, float zoneout_h, float zoneout_c, bool layer_norm"
 
 
 def _rnn_fwd_cpu_fake(
     input, h0, c0, lengths, resets, batch_sizes, masks, recurrent_masks, zone_h, zone_c, params,
-    mode, has_biases, bidirectional, zoneout_h, zoneout_c, keep_states, keep_gates,
+    mode, has_biases, bidirectional, zoneout_h, zoneout_c, layer_norm, keep_states, keep_steps,
 ):  # fmt: skip
     directions = 2 if bidirectional else 1
     cells, _, states = h0.shape
@@ -86,20 +86,23 @@ def _rnn_fwd_cpu_fake(
     output = (*places, directions * states)
     lstm = c0 is not None
     hidden = c0.size(-1) if lstm else states
-    kept = 4 if mode in ("gru", "lstm") else int(zone_h is not None or zoneout_h != 0.0)
+    kept = hidden * (4 if mode in ("gru", "lstm") else int(zone_h is not None or zoneout_h != 0.0))
+    if layer_norm:
+        kept += 2 * params[1].size(0) + 4
     return (
         input.new_empty(output),
         input.new_empty(h0.shape),
         input.new_empty(c0.shape if lstm else 0),
         input.new_empty((cells // directions - 1, *output) if keep_states else 0),
         input.new_empty((cells, *places, hidden) if lstm and keep_states else 0),
-        input.new_empty((cells, *places, kept, hidden) if kept and keep_gates else 0),
+        input.new_empty((cells, *places, kept) if kept and keep_steps else 0),
     )
 
 
-# inner: the outputs of all layers but the last. kept: what each step's gates were, or h before zoneout.
+# inner: the outputs of all layers but the last. kept: of each step the gates, or h before zoneout; with a layer norm
+# also what was normalised, and how.
 define(
-    f"rnn_fwd_cpu({_CPU_CALL}, {_CPU_STATIC}, bool keep_states, bool keep_gates)"
+    f"rnn_fwd_cpu({_CPU_CALL}, {_CPU_STATIC}, bool keep_states, bool keep_steps)"
     " -> (Tensor output, Tensor h_n, Tensor c_n, Tensor inner, Tensor c_all, Tensor kept)",
     _rnn_fwd_cpu_fake,
 )
@@ -108,7 +111,7 @@ define(
 def _rnn_bwd_cpu_fake(
     grad_output, grad_h_n, grad_c_n, grad_h_all, grad_c_all, input, h0, c0, lengths, resets, batch_sizes, masks,
     recurrent_masks, zone_h, zone_c, params, output, inner, c_all, kept, mode, has_biases, bidirectional,
-    zoneout_h, zoneout_c, need_input, need_params,
+    zoneout_h, zoneout_c, layer_norm, need_input, need_params,
 ):  # fmt: skip
     return [
         input.new_empty(input.shape if need_input else 0),
@@ -140,7 +143,9 @@ def narrowed(tensors, dtype: torch.dtype) -> tuple:
 
 
 def _cpu_static(static: Static) -> tuple:
-    return static.mode, static.has_biases, static.bidirectional, static.zoneout_h, static.zoneout_c
+    return (
+        static.mode, static.has_biases, static.bidirectional, static.zoneout_h, static.zoneout_c, static.layer_norm
+    )  # fmt: skip
 
 
 def _cpu_forward(call, keep: bool) -> tuple[tuple, tuple]:

@@ -9,7 +9,7 @@ from fused_ops.core import device, extension, verified
 from fused_ops.core.dispatch import Backend, Op
 from fused_ops.core.library import traced_as_constant
 from fused_ops.core.precision import matmul_dot_precision
-from fused_ops.rnn import layers, norm_op, op, reference
+from fused_ops.rnn import layers, op, reference
 from fused_ops.rnn.reference import Static, Tensors
 
 # What auto knows of the C++ kernels' speed is in bench/results/cpu/rnn_cpu.json, measured with AVX-512.
@@ -38,18 +38,7 @@ def _float_type(input: Tensor) -> str | None:
 
 
 def _cpu(tensors: Tensors, params: tuple, static: Static, dropout: float) -> str | None:
-    if (reason := _float_type(tensors.input)) or not static.layer_norm:
-        return reason
-    if tensors.recurrent_masks is not None or reference.zoned(tensors, static):
-        return "has a layer norm, but none with zoneout or variational dropout"
-    if reference.projected(params, static):
-        return "has a layer norm, but none with a projection of the state"
-    return None
-
-
-def _run_cpu(tensors: Tensors, params: tuple, static: Static, dropout: float) -> tuple[Tensor, ...]:
-    run = norm_op.sequence_norm_cpu if static.layer_norm else op.sequence_cpu
-    return run(tensors, params, static, dropout)
+    return _float_type(tensors.input)
 
 
 def _cpu_worthwhile(tensors: Tensors, params: tuple, static: Static, dropout: float) -> str | None:
@@ -176,7 +165,7 @@ def _sequence(mode: str) -> Op:
         )
         for name, supports in (("cuda", _cuda), ("triton", _triton))
     ]
-    cpu = Backend("cpu", _run_cpu, _cpu, _cpu_worthwhile, needs="rnn_fwd_cpu")
+    cpu = Backend("cpu", op.sequence_cpu, _cpu, _cpu_worthwhile, needs="rnn_fwd_cpu")
     return Op(mode, *gpu, cpu, Backend("reference", op.sequence_reference, note=_VARIANT))
 
 

@@ -140,7 +140,7 @@ def test_opcheck_of_the_cpu_ops(mode, what):
     elif what == "everything":
         resets, masks = torch.arange(15).reshape(5, 3) % 4 == 0, torch.rand(1, 5, 3, 12)
     call = (*Tensors(x, h0, c0, lengths, resets, sizes, masks), params)
-    static = (mode, True, True, 0.0, 0.0)
+    static = (mode, True, True, 0.0, 0.0, False)
     for keep_states, keep_gates in ((False, False), (True, False), (True, True)):
         arguments = (*call, *static, keep_states, keep_gates)
         opcheck(torch.ops.fused_ops.rnn_fwd_cpu.default, arguments, test_utils=OPCHECKS)

@@ -201,7 +201,7 @@ def test_sigmoid_and_tanh_are_right_to_two_ulp(isa):
 
 def test_the_op_checks_what_it_is_given(monkeypatch):
     x, h, *params = Case(dtype=torch.float32).tensors()
-    op, good = torch.ops.fused_ops.rnn_fwd_cpu, ("gru", True, False, 0.0, 0.0, True, True)
+    op, good = torch.ops.fused_ops.rnn_fwd_cpu, ("gru", True, False, 0.0, 0.0, False, True, True)
     short, wide = torch.zeros(5, 2, dtype=torch.bool), torch.zeros(1, 5, 3, 6)
     for tensors, weights, message in (
         (Tensors(x, h, lengths=torch.tensor([1, 2, 6])), params, "lengths must be between 0 and input's 5"),
@@ -228,8 +228,8 @@ def test_the_op_checks_what_it_is_given(monkeypatch):
     call = (*Tensors(x, h), params)
     for wrong, message in (
         (("elman", *good[1:]), "mode must be rnn_tanh, rnn_relu, gru or lstm, got elman"),
-        (("gru", True, False, 1.5, 0.0, True, True), "zoneout must be between 0 and 1, got 1.5"),
-        (("gru", True, False, 0.0, 0.5, True, True), "only an lstm has a c to zone"),
+        (("gru", True, False, 1.5, 0.0, False, True, True), "zoneout must be between 0 and 1, got 1.5"),
+        (("gru", True, False, 0.0, 0.5, False, True, True), "only an lstm has a c to zone"),
     ):
         with pytest.raises(RuntimeError, match=message):
             op(*call, *wrong)

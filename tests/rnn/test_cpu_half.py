@@ -8,7 +8,7 @@ import torch
 from fused_ops.core.extension import has_kernel
 from fused_ops.rnn import op, reference
 from tests.rnn.common import MODES, Case
-from tests.rnn.test_cpu_extras import call_of, converted, rows_of, run
+from tests.rnn.test_cpu_extras import EVERYTHING, call_of, converted, rows_of, run
 from tests.support import assert_accurate, poisoned_memory
 
 pytestmark = pytest.mark.skipif(not has_kernel("rnn_bwd_cpu", "CPU"), reason="_C.so was not built")
@@ -18,7 +18,7 @@ CASES = (*(Case(mode) for mode in MODES), Case("lstm", proj=7))
 
 
 @HALVES
-@pytest.mark.parametrize("extras", ((), ("masks", "zones"), ("zoneout",)), ids="+".join)
+@pytest.mark.parametrize("extras", ((), ("masks", "zones"), ("zoneout",), EVERYTHING), ids="+".join)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_result_is_rounded_once(case, extras, dtype):
     """Values are those of float64 on the same tensors to half an ulp; gradients to one: what comes in is rounded."""

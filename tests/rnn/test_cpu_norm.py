@@ -8,13 +8,16 @@ from torch.library import opcheck
 
 import fused_ops
 from fused_ops.core.extension import has_kernel
-from fused_ops.rnn import norm_op
+from fused_ops.rnn import op
+from fused_ops.rnn.reference import Tensors
 from tests.rnn.common import MODES, Case, poisoned
 from tests.rnn.conftest import HAS
 from tests.rnn.extras import with_norms
+from tests.rnn.test_cpu_extras import EVERYTHING
+from tests.rnn.test_cpu_extras import check as check_extras
 from tests.support import assert_accurate, error, noncontiguous, poisoned_memory, randn, value_and_gradients
 
-pytestmark = pytest.mark.skipif(not has_kernel("rnn_norm_bwd_cpu", "CPU"), reason="_C.so was not built")
+pytestmark = pytest.mark.skipif(not has_kernel("rnn_bwd_cpu", "CPU"), reason="_C.so was not built")
 
 SHAPES = (
     Case(time=1, batch=1, inputs=3, hidden=4),
@@ -84,6 +87,29 @@ def test_ragged_rows_with_nan_in_their_padding_and_resets(case, mode):
     check(case, resets=resets, lengths=lengths, return_all_states=True)
     if case.batch_first:
         check(case, resets=torch.ones_like(resets), return_all_states=True)
+
+
+COMPOSED = (("norm", "masks", "zoneout"), EVERYTHING)
+COMPOSITIONS = (
+    *(Case(mode, time=5, batch=3, hidden=5, layers=2, bidirectional=True) for mode in MODES),
+    *(Case(mode, time=4, batch=70, inputs=5, hidden=18, bias=mode != "gru") for mode in MODES),
+    Case("lstm", time=6, batch=3, inputs=4, hidden=21, layers=2, bidirectional=True, proj=17),
+    Case("lstm", time=8, batch=40, inputs=9, hidden=40, bias=False, proj=5),
+    Case("lstm", time=2, batch=1, inputs=1, hidden=3, proj=1),
+)
+
+
+@pytest.mark.parametrize("extras", COMPOSED, ids="+".join)
+@pytest.mark.parametrize("case", COMPOSITIONS, ids=str)
+def test_with_masks_zoneout_and_a_projection(case, extras, isa):
+    """Of several layers and directions, ragged, with resets and all states; chunks of steps with more than one step."""
+    check_extras(case, extras)
+
+
+@pytest.mark.parametrize("extras", (("norm",), ("norm", "masks"), ("norm", "zones"), ("norm", "zoneout")), ids="+".join)
+@pytest.mark.parametrize("case", (*(Case(mode, time=3) for mode in MODES), Case("lstm", time=3, proj=4)), ids=str)
+def test_each_beside_the_norm_alone(case, extras):
+    check_extras(case, extras, ragged=False)
 
 
 def module(mode: str, layers: int = 2, dropout: float = 0.0):
@@ -205,17 +231,15 @@ def test_opcheck(mode, what):
         x, lengths, resets, sizes = torch.randn(6, 4), None, None, torch.tensor([3, 2, 1])
     else:
         masks = torch.rand(1, 5, 3, 12)
-    per_cell = len(params) // 4
-    plain, norms = ([p for i, p in enumerate(params) if (i % per_cell < 4) == first] for first in (True, False))
-    given, how = (x, h0, c0, lengths, resets, sizes, masks, plain, norms), (mode, True, True)
+    given, how = (*Tensors(x, h0, c0, lengths, resets, sizes, masks), params), (mode, True, True, 0.0, 0.0, True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for keeps in ((False, False), (True, False), (True, True)):
-        opcheck(torch.ops.fused_ops.rnn_norm_fwd_cpu.default, (*given, *how, *keeps), test_utils=checks)
-    output, h_n, c_n, *saved = torch.ops.fused_ops.rnn_norm_fwd_cpu(*given, *how, True, True)
+        opcheck(torch.ops.fused_ops.rnn_fwd_cpu.default, (*given, *how, *keeps), test_utils=checks)
+    output, h_n, c_n, *saved = torch.ops.fused_ops.rnn_fwd_cpu(*given, *how, True, True)
     grads = (torch.randn_like(output), torch.randn_like(h_n), torch.randn_like(c_n) if mode == "lstm" else None)
     for needs in ((True, True), (False, False)):
         arguments = (*grads, None, None, *given, output, *saved, *how, *needs)
-        opcheck(torch.ops.fused_ops.rnn_norm_bwd_cpu.default, arguments, test_utils=checks)
+        opcheck(torch.ops.fused_ops.rnn_bwd_cpu.default, arguments, test_utils=checks)
 
 
 def test_a_module_compiles_to_one_graph():
@@ -230,18 +254,19 @@ def test_a_module_compiles_to_one_graph():
             torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("bad", ("missing", "long", "double"))
-def test_the_ops_check_their_norms(bad):
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    (("missing", "must hold 6 tensors"), ("long", "norm has the wrong shape"), ("double", "must be float32")),
+)
+def test_the_op_checks_its_norms(bad, message):
     case = Case(dtype=torch.float32)
     x, h0, *params = single(case)
-    plain, norms = params[:4], list(params[4:])
     if bad == "missing":
-        norms.pop()
+        params.pop()
     else:
-        norms[1] = norms[1].double() if bad == "double" else torch.cat([norms[1], norms[1]])
-    given = (x, h0, None, None, None, None, None, plain, norms, "gru", True, False, False, False)
-    with pytest.raises(RuntimeError, match="norms"):
-        torch.ops.fused_ops.rnn_norm_fwd_cpu(*given)
+        params[5] = params[5].double() if bad == "double" else torch.cat([params[5], params[5]])
+    with pytest.raises(RuntimeError, match=f"params.* {message}"):
+        torch.ops.fused_ops.rnn_fwd_cpu(*Tensors(x, h0), params, "gru", True, False, 0.0, 0.0, True, False, False)
 
 
 WRONG = {
@@ -254,7 +279,7 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_backward_is_rejected(wrong, monkeypatch):
-    forward = norm_op._forward
+    forward = op._cpu_forward
 
     def broken(*arguments, **keywords):
         found, saved = forward(*arguments, **keywords)
@@ -262,7 +287,7 @@ def test_a_wrong_backward_is_rejected(wrong, monkeypatch):
         return found, saved
 
     check(Case("lstm", time=4, hidden=6))
-    monkeypatch.setattr(norm_op, "_forward", broken)
+    monkeypatch.setattr(op, "_cpu_forward", broken)
     with pytest.raises(AssertionError):
         check(Case("lstm", time=4, hidden=6))
 

@@ -218,29 +218,20 @@ def test_noise_reaches_every_gradient():
     assert gradcheck(lambda *t: (torch.manual_seed(1), call(case, t, **NOISE["all"]))[1], tensors, fast_mode=True)
 
 
+@pytest.mark.parametrize("proj", (0, 4))
 @pytest.mark.parametrize("what", NOISE)
-def test_the_cpu_serves_every_noise_but_none_with_a_layer_norm(what):
-    """In float32, with and without a gradient, training and not."""
-    case = Case("lstm", time=9, layers=2, dtype=torch.float32)
+def test_the_cpu_serves_every_noise_with_and_without_a_layer_norm(what, proj):
+    """In float32, training and not, with a projected state and without."""
+    case = Case("lstm", time=9, layers=2, proj=proj, dtype=torch.float32)
     plain = case.tensors()
-    normed = [*plain[:3], *with_norms(case, plain[3:])]
-    for train in (True, False):
-        torch.manual_seed(1)
-        found = call(case, plain, train, backend="cpu", **NOISE[what])
-        torch.manual_seed(1)
-        wanted = call(case, [t.double() for t in plain], train, **NOISE[what])
-        for value, exact in zip(found, wanted, strict=True):
-            assert_accurate(value, exact, terms=100) if not train else None
-        refused = what in ("zoneout", "all") or (train and what == "variational_dropout")
-        if refused:
-            with pytest.raises(fused_ops.BackendUnavailable, match="none with zoneout or variational dropout"):
-                call(case, normed, train, layer_norm=True, backend="cpu", **NOISE[what])
-        else:
-            call(case, normed, train, layer_norm=True, backend="cpu", **NOISE[what])
-    with pytest.raises(fused_ops.BackendUnavailable, match="none with a projection of the state"):
-        projected = Case("lstm", proj=4, dtype=torch.float32)
-        tensors = projected.tensors()
-        call(projected, [*tensors[:3], *with_norms(projected, tensors[3:])], layer_norm=True, backend="cpu")
+    for tensors, norm in ((plain, False), ([*plain[:3], *with_norms(case, plain[3:])], True)):
+        for train in (True, False):
+            results = []
+            for backend in ("cpu", "reference"):
+                torch.manual_seed(1)
+                results.append(call(case, tensors, train, layer_norm=norm, backend=backend, **NOISE[what]))
+            for value, wanted in zip(*results, strict=True):
+                assert_accurate(value, wanted.double(), terms=100)
 
 
 BAD = {
