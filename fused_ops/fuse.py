@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fused_ops import chains
 from fused_ops import nn as fused
-from fused_ops.conv.modules import ConvSequential, fusible_chains
 from fused_ops.core.dispatch import OPS
 
 # Only exact types are swapped: a subclass may mean something else by forward.
@@ -52,65 +52,74 @@ class Report(tuple):
 
 
 def fuse(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Report:
-    """Replace torch.nn modules inside `model` by their fused twins, in place; `unfuse` reverses it.
+    """Make a model that somebody else wrote run on this package's ops, in place; `unfuse` reverses it.
 
-    RNNs, cells, MultiheadAttention and lone convolutions change their class; an nn.Sequential that holds
-    convolution + batch norm + activation runs these as one op in eval mode. Parameters, names, hooks and state_dict
-    stay as they are. Only exact torch.nn types are touched; parametrised and sharded (FSDP) modules are not.
+    RNNs, cells, MultiheadAttention and convolutions change their class. A module whose forward runs convolution + batch
+    norm + residual + activation one after the other, as modules or as functions, gets a forward that runs them as one
+    op in evaluation without gradients, and otherwise does what its own did; see `fused_ops.chains`. Parameters, names,
+    hooks, state_dict, copies and pickles stay what they are. Only exact torch.nn types are touched; parametrised and
+    sharded (FSDP) modules are not.
 
     Args:
         filter_fn: (module, fully qualified name) -> whether the module may be changed; default: all may.
 
     Returns:
-        A `Report` with a `Row` for every module changed, and for those left alone although their type is known.
+        A `Report` with a `Row` for every module changed, and for each that looks as if it could be and is left alone.
 
     Raises:
         TypeError: `model` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    allowed = [(fqn, module) for fqn, module in model.named_modules() if filter_fn is None or filter_fn(module, fqn)]
     rows: list[Row] = []
-    inside_chain: set[int] = set()
-    for fqn, module in model.named_modules():
-        if id(module) in inside_chain or (filter_fn is not None and not filter_fn(module, fqn)):
-            continue
-        row = _fuse_one(fqn, module, inside_chain)
+    inside_chain: set[nn.Module] = set()
+    for fqn, module in allowed:
+        rows += _fuse_chains(fqn, module, inside_chain)
+    for fqn, module in allowed:
+        row = None if module in inside_chain else _fuse_leaf(fqn, module)
         if row is not None:
             rows.append(row)
-    return Report(rows)
+    order = {fqn: place for place, (fqn, _) in enumerate(allowed)}
+    return Report(sorted(rows, key=lambda row: order[row.fqn]))
 
 
-def _fuse_one(fqn: str, module: nn.Module, inside_chain: set[int]) -> Row | None:
+def _fuse_chains(fqn: str, module: nn.Module, inside_chain: set[nn.Module]) -> list[Row]:
+    if isinstance(module, chains.FusedForward):
+        inside_chain.update(chains.members(module))
+        return []
+    if not chains.has_candidates(module):
+        return []
+    old, (plan, refusals) = type(module), chains.plan(module)
+    rows = [Row(fqn, old, None, "", reason) for reason in refusals]
+    if plan is not None:
+        inside_chain.update(plan.members)
+        rows.insert(0, Row(fqn, old, chains.attach(module, plan), _backends("conv2d"), ", ".join(plan.names)))
+    return rows
+
+
+def _fuse_leaf(fqn: str, module: nn.Module) -> Row | None:
     old = type(module)
-    if old in (nn.Sequential, ConvSequential):
-        children, chains = list(module), fusible_chains(module)
-        inside_chain.update(id(child) for start, stop in chains for child in children[start:stop])
-        if not chains or old is ConvSequential:
-            return None
-        parts = ["+".join(type(child).__name__ for child in children[start:stop]) for start, stop in chains]
-        return _swap(fqn, module, ConvSequential, ("conv2d",), ", ".join(parts))
-    if old in _LEAVES:
-        return _swap(fqn, module, *_LEAVES[old], "same parameters, fused forward")
+    if old in _LEAVES and not chains.sharded(module):
+        new, ops = _LEAVES[old]
+        module.__dict__[_ORIGINAL] = old
+        module.__class__ = new
+        return Row(fqn, old, new, _backends(*ops), "same parameters, fused forward")
     base = next((known for known in _LEAVES if isinstance(module, known)), None)
     if base is not None and not isinstance(module, tuple(new for new, _ in _LEAVES.values())):
-        why = (
-            "sharded: fuse before fully_shard" if old.__name__.startswith("FSDP") else f"a subclass of {base.__name__}"
-        )
+        why = "sharded: fuse before fully_shard" if chains.sharded(module) else f"a subclass of {base.__name__}"
         return Row(fqn, old, None, "", why)
     return None
 
 
-def _swap(fqn: str, module: nn.Module, new: type, ops: tuple[str, ...], reason: str) -> Row:
-    old = type(module)
-    module.__dict__[_ORIGINAL] = old
-    module.__class__ = new
-    backends = dict.fromkeys(name for op in ops for name in OPS[op].by_name)
-    return Row(fqn, old, new, ", ".join(backends), reason)
+def _backends(*ops: str) -> str:
+    return ", ".join(dict.fromkeys(name for op in ops for name in OPS[op].by_name))
 
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Give every module that `fuse` changed its class back, in place. Returns `model`."""
     for module in model.modules():
+        chains.detach(module)
         if _ORIGINAL in module.__dict__:
             module.__class__ = module.__dict__.pop(_ORIGINAL)
     return model

@@ -1,7 +1,6 @@
-"""Conv1d, Conv2d, BatchNormAct2d, ConvBNAct2d, CausalConv1d and the chains of ConvSequential."""
+"""Conv1d, Conv2d, BatchNormAct2d, ConvBNAct2d, CausalConv1d and chains of them in a Sequential."""
 
 import copy
-import pickle
 from collections import OrderedDict
 
 import pytest
@@ -133,41 +132,8 @@ def network() -> nn.Sequential:
 
 
 def swapped(module: nn.Sequential) -> nn.Sequential:
-    module.__class__ = modules.ConvSequential
+    fused_ops.fuse(module)
     return module
-
-
-def test_chains_are_found():
-    assert modules.fusible_chains(network()) == [(1, 4), (5, 7)]
-    chain = [nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()]
-    assert modules.fusible_chains(nn.Sequential(*chain)) == [(0, 3)]
-    assert modules.fusible_chains(nn.Sequential(chain[0], chain[2])) == [(0, 2)]
-    for left_alone in (
-        [nn.Conv2d(3, 4, 1)],
-        [nn.Conv2d(3, 4, 1, padding=1, padding_mode="reflect"), nn.BatchNorm2d(4)],
-        [nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)],
-        [nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4)],
-        [nn.Conv2d(3, 4, 1), nn.LeakyReLU(0.2)],
-        [nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)), nn.BatchNorm2d(4)],
-    ):
-        assert modules.fusible_chains(nn.Sequential(*left_alone)) == []
-
-
-def test_a_swapped_sequential_gives_the_same_and_runs_chains_as_one_op():
-    x = randn(2, 3, 10, 10)
-    plain = trained(network(), x).eval()
-    mine = swapped(copy.deepcopy(plain))
-    with torch.no_grad(), record() as choices:
-        got = mine(x)
-    assert [choice.op for choice in choices] == ["conv_bn_act2d"] * 2
-    assert_accurate(got, plain(x).double(), terms=72)
-    for clone in (copy.deepcopy(mine), pickle.loads(pickle.dumps(mine))):
-        assert type(clone) is modules.ConvSequential
-        with torch.no_grad():
-            assert torch.equal(clone(x), got)
-    assert list(mine.state_dict()) == list(plain.state_dict())
-    plain.load_state_dict(mine.state_dict())
-    assert type(mine[1:4]) is modules.ConvSequential and modules.fusible_chains(mine[1:4]) == [(0, 3)]
 
 
 def test_a_swapped_sequential_runs_its_children_whenever_it_must():
@@ -251,15 +217,3 @@ def test_a_depthwise_chain_takes_the_padding_ahead_of_it(stride, sides):
     wide = x.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         torch.testing.assert_close(fused(wide), value)
-
-
-def test_padding_is_left_alone_where_the_chain_cannot_take_it():
-    dense, batch_norm = nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6)
-    depthwise = nn.Conv2d(6, 6, 3, groups=6)
-    pad = nn.ZeroPad2d((0, 1, 0, 1))
-    assert modules.fusible_chains(nn.Sequential(pad, dense, batch_norm)) == [(1, 3)]
-    assert modules.fusible_chains(nn.Sequential(pad, depthwise, nn.ReLU())) == [(1, 3)]
-    assert modules.fusible_chains(nn.Sequential(pad, depthwise, batch_norm)) == [(0, 3)]
-    assert modules.fusible_chains(nn.Sequential(nn.ZeroPad2d(-1), depthwise, batch_norm)) == [(1, 3)]
-    pad.register_forward_hook(lambda *_: None)
-    assert modules.fusible_chains(nn.Sequential(pad, depthwise, batch_norm)) == [(1, 3)]
