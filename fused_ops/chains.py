@@ -85,10 +85,8 @@ class Plan:
         self.names = tuple(chain.name for chain in chains)
         self.arity = len([node for node in graph.nodes if node.op == "placeholder"])
         self.constants = tuple(constants.items())
-        called = [
-            [module.get_submodule(node.target) for node in (*c.nodes,) if node.op == "call_module"] for c in chains
-        ]
-        self.members = tuple(dict.fromkeys(part for parts in called for part in parts))
+        called = [node for chain in chains for node in chain.nodes if node.op == "call_module"]
+        self.members = tuple(dict.fromkeys(module.get_submodule(node.target) for node in called))
         self.activations = tuple(_activations(chains, module))
         self.forward = compiled(_rewritten(graph, chains))
 

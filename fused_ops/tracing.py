@@ -70,7 +70,7 @@ def compiled(graph: fx.Graph) -> Callable:
 
 
 def _function(name: str, source: str, names: dict) -> Callable:
-    file, names = f"<fused_ops trace {id(source)}>", dict(names)
+    file, names = f"<fused_ops trace {hash(source):x}>", dict(names)
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     exec(compile(source, file, "exec"), names)
     return names[name]
