@@ -18,6 +18,11 @@ _LEAVES: dict[type, tuple[type, tuple[str, ...]]] = {
     nn.GRUCell: (fused.GRUCell, ("gru_cell",)),
     nn.LSTMCell: (fused.LSTMCell, ("lstm_cell",)),
     nn.MultiheadAttention: (fused.MultiheadAttention, ("scaled_dot_product_attention",)),
+    nn.TransformerEncoderLayer: (fused.TransformerEncoderLayer, ("scaled_dot_product_attention", "varlen_attention")),
+    nn.TransformerDecoderLayer: (fused.TransformerDecoderLayer, ("scaled_dot_product_attention",)),
+    nn.TransformerEncoder: (fused.TransformerEncoder, ("scaled_dot_product_attention", "varlen_attention")),
+    nn.TransformerDecoder: (fused.TransformerDecoder, ("scaled_dot_product_attention",)),
+    nn.Transformer: (fused.Transformer, ("scaled_dot_product_attention",)),
     nn.Conv1d: (fused.Conv1d, ("conv1d",)),
     nn.Conv2d: (fused.Conv2d, ("conv2d",)),
 }

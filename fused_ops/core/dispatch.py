@@ -182,6 +182,10 @@ class Op:
             self._note(self._straight, on_gpu=False)
         return True
 
+    def bound(self) -> bool:
+        """Whether `use_backend` or FUSED_OPS_BACKEND names a backend that this op has."""
+        return (_context is not None or _ENVIRONMENT_KEY in _environment) and self._named(None)[0] is not None
+
     def _cast(self, tensors: tuple, call: tuple) -> tuple[tuple, tuple]:
         """(tensors, call) as torch's autocast would hand them to the op."""
         first = tensors[0]
