@@ -35,7 +35,7 @@ _CONV_BN_ACT2D = Op(
         kernel=_DEPTHWISE,
     ),
     Backend("triton", op.with_batch_norm(op.conv2d_triton), rules.with_batch_norm(rules.triton), kernel=_POINTWISE),
-    Backend("cpu", op.conv_bn_act2d_cpu, rules.with_batch_norm(rules.cpu), rules.cpu_batch_norm_worthwhile),
+    Backend("cpu", op.conv_bn_act2d_cpu, rules.cpu_batch_norm, rules.cpu_batch_norm_worthwhile),
     Backend("reference", reference.conv_bn_act2d),
 )
 _CAUSAL_CONV1D = Op("causal_conv1d", Backend("reference", reference.causal_conv1d))

@@ -7,7 +7,7 @@ shape; bias is folded into shift here. `activation` is its code in `reference.CO
 import torch
 from torch import Tensor
 
-from fused_ops.conv import reference
+from fused_ops.conv import kept, reference
 from fused_ops.conv.arguments import output_shape
 from fused_ops.core.autograd import reference_gradient, with_reference_gradient
 from fused_ops.core.device import TRITON_KEYS
@@ -66,7 +66,10 @@ def _conv2d_onednn(input, weight, scale, shift, residual, stride, padding, dilat
     name, layout = reference.NAMES[activation], output_format(input, weight)
     if scale is not None:
         weight = torch.mul(weight, scale.view(-1, 1, 1, 1), out=torch.empty_like(weight))
-    geometry = (padding, stride, dilation, groups)
+    return _onednn(input, weight, shift, residual, (padding, stride, dilation, groups), name, layout)
+
+
+def _onednn(input, weight, shift, residual, geometry, name, layout) -> Tensor:
     attribute = ("none", [], "") if residual is not None else ONEDNN_ACTIVATIONS.get(name, ("none", [], ""))
     if residual is None:
         y = torch.ops.mkldnn._convolution_pointwise(input, weight, shift, *geometry, *attribute)
@@ -85,16 +88,29 @@ define("conv2d_cuda" + KERNEL.format(""), _fake)
 define("conv2d_cpu" + KERNEL.format(", int lanes=16"), _fake)
 
 
+def _conv_bn_act2d_onednn(
+    input, weight, bias, mean, var, bn_weight, bn_bias, eps, residual, stride, padding, dilation, groups, activation
+):
+    """The folded weights are kept between calls; residual and activation are oneDNN's, or a pass in place."""
+    name, layout = reference.NAMES[activation], output_format(input, weight)
+    sources = (mean, var, bn_weight, bn_bias)
+    weight, shift = kept.folded(
+        input, weight, bias, lambda: folded(*sources, eps), sources, (stride, padding, dilation, groups), eps
+    )
+    return _onednn(input, weight, shift, residual, (padding, stride, dilation, groups), name, layout)
+
+
 def _batch_norm_fake(input, weight, bias, mean, var, bn_weight, bn_bias, eps, residual, *static):
     return _fake(input, weight, None, None, residual, *static)
 
 
-define(
-    "conv_bn_act2d_cpu(Tensor input, Tensor weight, Tensor? bias, Tensor running_mean, Tensor running_var,"
+_BATCH_NORM = (
+    "(Tensor input, Tensor weight, Tensor? bias, Tensor running_mean, Tensor running_var,"
     " Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor? residual,"
-    " int[] stride, int[] padding, int[] dilation, int groups, int activation, int lanes=16) -> Tensor",
-    _batch_norm_fake,
+    " int[] stride, int[] padding, int[] dilation, int groups, int activation{}) -> Tensor"
 )
+define("conv_bn_act2d_cpu" + _BATCH_NORM.format(", int lanes=16"), _batch_norm_fake)
+define("conv_bn_act2d_onednn" + _BATCH_NORM.format(""), _batch_norm_fake, _conv_bn_act2d_onednn, ("CPU",))
 
 
 def affine(bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -171,16 +187,13 @@ def conv_bn_act2d_cpu(
     input, weight, bias, stride, padding, dilation, groups,
     running_mean, running_var, bn_weight, bn_bias, eps, residual, activation,
 ):  # fmt: skip
-    """`conv2d_cpu` with a batch norm, which the C++ kernels fold themselves."""
-    if not vectorised(input, weight, stride, padding, groups):
-        scale, shift = folded(running_mean, running_var, bn_weight, bn_bias, eps)
-        return conv2d_cpu(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation)
-    inside = activation if activation in VECTOR_ACTIVATIONS else None
+    """Without gradients: the C++ kernels, which fold the batch norm themselves, else oneDNN on folded weights."""
     residual = _full(residual, input, weight, stride, padding, dilation)
-    y = torch.ops.fused_ops.conv_bn_act2d_cpu(
-        input, weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, residual,
-        stride, padding, dilation, groups, reference.CODES[inside],
-    )  # fmt: skip
+    call = (input, weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, residual, stride, padding)
+    if not vectorised(input, weight, stride, padding, groups):
+        return torch.ops.fused_ops.conv_bn_act2d_onednn(*call, dilation, groups, reference.CODES[activation])
+    inside = activation if activation in VECTOR_ACTIVATIONS else None
+    y = torch.ops.fused_ops.conv_bn_act2d_cpu(*call, dilation, groups, reference.CODES[inside])
     return y if activation == inside else reference.overwritten(y, activation)
 
 

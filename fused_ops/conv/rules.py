@@ -63,10 +63,23 @@ def cpu_worthwhile(
     return None
 
 
+def cpu_batch_norm(input, *call) -> str | None:
+    reason = with_batch_norm(cpu)(input, *call)
+    if reason is None and not extension.has_kernel("fingerprint_cpu", "CPU"):
+        return extension.kernels_missing or "was not built"
+    return reason
+
+
 def cpu_batch_norm_worthwhile(input, weight, bias, stride, padding, dilation, groups, *rest) -> str | None:
-    """By `MEASURED`, its chains: batch norm costs the C++ kernels nothing, and PyTorch a pass or more."""
-    if input.dim() != 4 or padding == "same" or not op.vectorised(input, weight, stride, padding, groups):
+    """By `MEASURED`, its chains: batch norm costs the C++ kernels nothing, and PyTorch a pass or more.
+
+    oneDNN gains most from kept weights that are large, and loses where it must change the image's layout for them.
+    """
+    if input.dim() != 4 or padding == "same":
         return ONLY_ONEDNN
+    if not op.vectorised(input, weight, stride, padding, groups):
+        outweighed = weight.numel() > 4 * input.numel()
+        return None if outweighed or op.channels_last(input) else ONLY_ONEDNN
     if groups == 1 and input.size(0) * input.size(2) * input.size(3) < FEW:
         return f"computes whole vectors of pixels, of which there are few ({MEASURED})"
     return None
