@@ -26,7 +26,6 @@ namespace {
 
 constexpr int64_t CHUNK_TOKENS = 256;             // (step, row) pairs whose slopes wait for the GEMMs
 constexpr int64_t PADDING = 16;                   // floats after a token's slopes, or columns would share a cache set
-constexpr int64_t SERIAL_GEMM_FLOPS = 4'000'000;  // below this a second thread costs more than it brings
 
 thread_local Scratch packed_scratch, chunk_scratch, states_scratch;
 

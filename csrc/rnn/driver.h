@@ -13,6 +13,7 @@ namespace fused_ops::rnn {
 namespace stable = torch::stable;
 
 constexpr int64_t SERIAL_FLOPS = 200 * 1000;         // below this a second thread costs more than it brings
+constexpr int64_t SERIAL_GEMM_FLOPS = 1'000'000;      // the same of one product
 constexpr int64_t SHARED_WEIGHT_BYTES = 400 * 1024;  // W_hh above this is shared between threads when rows are few
 
 // Where step t of row b lives: padded (strides) or packed (starts). Null for no tensor.

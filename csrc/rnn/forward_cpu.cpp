@@ -95,12 +95,12 @@ int64_t rows_ahead(const Isa& isa, const Call& call) {
 }
 
 // Takes some rows, longest first, through all their steps. `shared`: threads split the panels of each step; otherwise
-// everything happens on the calling thread.
+// everything happens on the calling thread, but for large projections of its inputs if it is `alone`.
 class Walk {
  public:
-  Walk(const Isa& isa, const Cell& cell, std::vector<int64_t> mine, bool shared)
+  Walk(const Isa& isa, const Cell& cell, std::vector<int64_t> mine, bool shared, bool alone)
       : isa_(isa), cell_(cell), call_(cell.call), rows_(call_.rows), mine_(std::move(mine)),
-        panels_(panels_of(isa, call_.hidden)), slot_(call_.gates * isa.lanes), shared_(shared),
+        panels_(panels_of(isa, call_.hidden)), slot_(call_.gates * isa.lanes), shared_(shared), alone_(alone),
         plain_(!cell.w_hr && !cell.mask && !cell.zone_h.any() && !cell.zone_c.any()), inputs_(cell.inputs) {
     if (!plain_) set_aside();
   }
@@ -273,7 +273,9 @@ class Walk {
     const int64_t products = call_.layer_norm ? panels_ * slot_ * live(s) : 0;
     float* const gates = gates_scratch.reserve(panels_ * stride + products);
     const Projection first = projection(gates, stride);
-    spread(shared_, panels_, [&](int64_t begin, int64_t end) { project_inputs(first, begin, end); });
+    const int64_t flops = 2 * inputs_.rows().size() * call_.gates * call_.hidden * cell_.inputs;
+    spread(shared_ || (alone_ && flops >= SERIAL_GEMM_FLOPS), panels_,
+           [&](int64_t begin, int64_t end) { project_inputs(first, begin, end); });
     const int32_t* slots = slots_.data();
     for (; s < last; ++s) {
       const Step next = step(s, slots, gates, stride);
@@ -290,7 +292,7 @@ class Walk {
   const Rows& rows_;
   const std::vector<int64_t> mine_;
   const int64_t panels_, slot_;
-  const bool shared_, plain_;  // plain: no projection, mask or zoneout
+  const bool shared_, alone_, plain_;  // plain: no projection, mask or zoneout
   int64_t live_ = 0;
   Distinct inputs_;
   std::vector<int32_t> slots_;
@@ -315,7 +317,8 @@ void run_layer(const Isa& isa, const Call& call, int64_t layer, std::vector<Cell
     for (int64_t task = begin; task < end; ++task) {
       std::vector<int64_t> mine;
       for (int64_t i = task % groups; i < call.batch; i += groups) mine.push_back(call.rows.order[i]);
-      Walk(isa, cells[task / groups], std::move(mine), shared && parallel).run();
+      const bool alone = parallel && call.directions * groups == 1;
+      Walk(isa, cells[task / groups], std::move(mine), shared && parallel, alone).run();
     }
   });
 }

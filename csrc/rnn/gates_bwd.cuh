@@ -12,9 +12,20 @@ namespace fused_ops::layers {
 template <Kind kKind>
 struct Saved {
   float kept[4];      // GRU: W_hn·h + b_hn, r, z, n; LSTM: i, f, g, o
-  float h;            // RNN: the step's state; GRU: the state before it
+  float h;            // RNN: the step's state, before zoneout; GRU: the state before it
   float c, c_before;  // LSTM
 };
+
+// The LSTM's, of h = o·squashed: by h, and by c in all. Afterwards dc is dL/dc before the step.
+__host__ __device__ inline void lstm_slopes(const Saved<Kind::lstm>& saved, float squashed, float dh, float& dc,
+                                            float (&slopes)[slopes_of(Kind::lstm)]) {
+  const float i = saved.kept[0], f = saved.kept[1], g = saved.kept[2], o = saved.kept[3];
+  slopes[0] = dc * g * i * (1.0f - i);
+  slopes[1] = dc * saved.c_before * f * (1.0f - f);
+  slopes[2] = dc * i * (1.0f - g * g);
+  slopes[3] = dh * squashed * o * (1.0f - o);
+  dc *= f;
+}
 
 // dh, dc: by the state that the step left, all of it. Afterwards dh is what bypasses the product with W_hh on the way
 // to the state before (GRU), and dc is dL/dc before the step (LSTM).
@@ -34,14 +45,9 @@ __host__ __device__ inline void backward_gates(const Saved<kKind>& saved, bool r
     slopes[3] = dn;
     dh *= z;
   } else {
-    const float i = saved.kept[0], f = saved.kept[1], g = saved.kept[2], o = saved.kept[3];
     const float tanh_c = tanhf(saved.c);
-    dc += dh * o * (1.0f - tanh_c * tanh_c);
-    slopes[0] = dc * g * i * (1.0f - i);
-    slopes[1] = dc * saved.c_before * f * (1.0f - f);
-    slopes[2] = dc * i * (1.0f - g * g);
-    slopes[3] = dh * tanh_c * o * (1.0f - o);
-    dc *= f;
+    dc += dh * saved.kept[3] * (1.0f - tanh_c * tanh_c);
+    lstm_slopes(saved, tanh_c, dh, dc, slopes);
     dh = 0.0f;
   }
 }

@@ -49,4 +49,26 @@ struct Sequence {
   }
 };
 
+// What a call draws: a mask on h where it enters W_hh (Gal & Ghahramani 2016) and zoneout (Krueger et al. 2016, eq. 3
+// and 4), drawn or expected. What is null is not there. P: features of h.
+template <typename T>
+struct Noise {
+  const T* mask;                  // (directions, batch, P)
+  const bool *zone_h, *zone_c;    // (directions, tokens, P), (directions, tokens, hidden)
+  float zoneout_h, zoneout_c;     // where there is no zone: the share of the old state that is expected to stay
+
+  constexpr bool expects_h() const { return zone_h == nullptr && zoneout_h > 0.0f; }
+  constexpr bool expects_c() const { return zone_c == nullptr && zoneout_c > 0.0f; }
+
+  // The state after zoneout; `zone` is this step's.
+  constexpr float h(bool zone, float fresh, float old) const { return zoned(zone, expects_h(), zoneout_h, fresh, old); }
+  constexpr float c(bool zone, float fresh, float old) const { return zoned(zone, expects_c(), zoneout_c, fresh, old); }
+
+ private:
+  static constexpr float zoned(bool zone, bool expects, float share, float fresh, float old) {
+    if (expects) return share * old + (1.0f - share) * fresh;
+    return zone ? old : fresh;
+  }
+};
+
 }  // namespace fused_ops::layers

@@ -42,12 +42,11 @@ __device__ inline void multiply_chunk(float (&sum)[4], const uint4& low, const u
 // A block's resident matrix, of `outputs` rows, and the partial sums of its products with `rows` rows of the batch.
 struct Products {
   int outputs, chunks, splits, rows;
-  int stride;      // Product::partial_stride
+  int stride;      // SharedLayout::partial_stride
   float* partial;  // (splits, rows, stride)
 
-  __device__ static Products of(const Product& product, int units, int rows, int splits, float* partial) {
-    return {static_cast<int>(product.outputs) * units,           static_cast<int>(product.chunks()), splits, rows,
-            static_cast<int>(product.partial_stride(units)), partial};
+  __device__ static Products of(const Product& product, int units, int rows, int splits, int stride, float* partial) {
+    return {static_cast<int>(product.outputs) * units, static_cast<int>(product.chunks()), splits, rows, stride, partial};
   }
 
   // Fills the resident matrix by load(row, column), which is asked for all `outputs` rows and the columns below `columns`
@@ -69,12 +68,12 @@ struct Products {
   }
 
   // partial[split][row][j] = the split's part of Σ_k resident[j][k]·state[row][k], where row n starts at state + n·step,
-  // a multiple of 16 bytes, in shared or device memory. The block's __syncthreads must follow.
-  template <typename T>
+  // a multiple of 16 bytes, in shared or device memory. The block's __syncthreads must follow. FEW: with fewer registers.
+  template <bool FEW, typename T>
   __device__ void multiply(const T* resident, const T* state, int64_t step) const {
-    if (rows == 8) multiply_rows<T, 1>(resident, state, step);
-    else if (rows == 16) multiply_rows<T, 2>(resident, state, step);
-    else multiply_rows<T, 4>(resident, state, step);
+    if (rows == 8) multiply_rows<T, 1, FEW ? 2 : 4>(resident, state, step);
+    else if (rows == 16) multiply_rows<T, 2, FEW ? 1 : 4>(resident, state, step);
+    else multiply_rows<T, 4, FEW ? 1 : 2>(resident, state, step);
   }
 
   // After it: one product, all splits added.
@@ -88,10 +87,10 @@ struct Products {
  private:
   __device__ int lanes_of(int strip) const { return min(kStrip, outputs - strip * kStrip) * 4; }
 
-  // N: of 8 rows of the batch each.
-  template <typename T, int N>
+  // N: of 8 rows of the batch each. TILES: summed at once, and chunks loaded before they are used.
+  template <typename T, int N, int TILES>
   __device__ void multiply_rows(const T* resident, const T* state, int64_t step) const {
-    constexpr int kTiles = N == 4 ? 2 : 4, kAhead = N == 4 ? 2 : 4;  // summed at once; loaded before they are used
+    constexpr int kTiles = TILES, kAhead = TILES;
     // By a shuffle: the compiler then knows that it is one number for the warp, and keeps none of what follows from it
     // in registers from step to step.
     const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);

@@ -72,27 +72,23 @@ def _long_enough(gru: bool, trains: bool, time: int, batch: int, hidden: int) ->
 
 
 def _triton(tensors: Tensors, params: tuple, static: Static, dropout: float) -> str | None:
-    if static.layer_norm:
-        return "has no layer norm"
-    if reference.projected(params, static):
-        return "has no projection of the state"
     return _float_type(tensors.input)
 
 
 def _cuda(tensors: Tensors, params: tuple, static: Static, dropout: float) -> str | None:
-    if reason := _triton(tensors, params, static, dropout):
+    if reason := _float_type(tensors.input):
         return reason
-    if tensors.recurrent_masks is not None or reference.zoned(tensors, static):
-        return "has neither zoneout nor variational dropout"
     if tensors.input.dtype == torch.float32 and matmul_dot_precision() != "tf32":
         return "multiplies float32 in TF32, which torch.backends.cuda.matmul.fp32_precision does not ask for"
     if extension.host is None:
         return f"has no planner: {extension.host_missing}"
-    index, hidden = tensors.input.get_device(), tensors.h0.size(-1)
+    index, features = tensors.input.get_device(), tensors.h0.size(-1)
+    hidden = tensors.c0.size(-1) if static.is_lstm else features
+    sizes = (hidden, tensors.input.element_size(), features if features < hidden else 0, static.layer_norm)
     passes = (False, True) if _differentiates(*tensors, *params) else (False,)
-    if all(_fits(static.mode, backward, hidden, tensors.input.element_size(), index) for backward in passes):
+    if all(_fits(static.mode, backward, *sizes, index) for backward in passes):
         return None
-    return f"cannot keep W_hh of hidden size {hidden} in this chip's shared memory"
+    return f"cannot keep the weights of hidden size {hidden} in this chip's shared memory"
 
 
 @traced_as_constant
@@ -102,8 +98,9 @@ def _fits(*call) -> bool:
 
 
 @cache
-def _design(mode: str, backward: bool, hidden: int, element_bytes: int, index: int) -> str:
-    return extension.host.plan_rnn_layer(mode, backward, hidden, 1, 1, element_bytes, *device.chip(index))["design"]
+def _design(mode: str, backward: bool, hidden: int, element_bytes: int, projected: int, norm: bool, index: int) -> str:
+    chip = device.chip(index)
+    return extension.host.plan_rnn_layer(mode, backward, hidden, 1, 1, element_bytes, *chip, projected, norm)["design"]
 
 
 def _gpu_worthwhile(*call) -> str:
@@ -141,13 +138,14 @@ _KERNELS = {
             *(f"common/{name}.cuh" for name in _COMMON),
             *_csrc(
                 "exchange.cuh", "gates.cuh", "gates_bwd.cuh", "layer.h", "layer_bwd.cu", "layer_bwd.cuh",
-                "layer_fwd.cu", "layer_fwd.cuh", "layer_launch.h", "layer_plan.h", "projection.cu", "projection.cuh",
-                "resident.cuh",
+                "layer_bwd_extra.cu", "layer_bwd_launch.h", "layer_bwd_state.cuh", "layer_fwd.cu", "layer_fwd.cuh",
+                "layer_fwd_extra.cu", "layer_fwd_launch.h", "layer_launch.h", "layer_plan.h", "projection.cu",
+                "projection.cuh", "resident.cuh", "row_norm.cuh",
             ),
         ),
         "triton": verified.kernel(
             "rnn.layers.triton",
-            *(f"rnn/triton_{name}.py" for name in ("fused", "gates", "layers", "projection", "steps")),
+            *(f"rnn/triton_{n}.py" for n in ("fused", "gates", "layers", "plan", "projection", "rows", "steps")),
         ),
     },
 }  # fmt: skip

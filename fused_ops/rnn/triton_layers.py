@@ -1,6 +1,7 @@
-"""Layers of layers.py in Triton: which kernel, with which tiles, and its launches."""
+"""Layers of layers.py in Triton: the launches."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,74 +11,17 @@ from torch import Tensor
 from fused_ops.core.device import capability
 from fused_ops.core.precision import matmul_dot_precision
 from fused_ops.rnn.triton_fused import rnn_fused_bwd_kernel, rnn_fused_fwd_kernel
+from fused_ops.rnn.triton_plan import GATES, SLOPES, Plan, plan, plan_product, plan_projection, plan_rows
 from fused_ops.rnn.triton_projection import rnn_project_fwd_kernel
-from fused_ops.rnn.triton_steps import rnn_step_bwd_kernel, rnn_step_fwd_kernel
-
-GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
-SLOPES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 4, "lstm": 4}
-
-
-class Plan(NamedTuple):
-    """is_fused: the whole time loop in one launch, else one launch a step. registers: at most, for a thread."""
-
-    is_fused: bool
-    blocks: dict[str, int]
-    warps: int
-    stages: int
-    registers: int | None = None
-
-    @property
-    def options(self) -> dict[str, int | None]:
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
-
-
-# Warps of the one launch by hidden's next power of two, for multiples of 16 and for other sizes; 0: registers spill.
-_FUSED_WARPS = {
-    ("rnn", "half"): {16: (4, 4), 32: (4, 4), 64: (4, 4), 128: (8, 8), 256: (8, 0)},
-    ("gru", "half"): {16: (4, 4), 32: (4, 4), 64: (4, 8), 128: (8, 0)},
-    ("lstm", "half"): {16: (4, 4), 32: (4, 4), 64: (8, 8), 128: (8, 0)},
-    ("rnn", "tf32"): {16: (4, 4), 32: (4, 4), 64: (4, 4), 128: (8, 0)},
-    ("gru", "tf32"): {16: (4, 4), 32: (4, 4), 64: (8, 8)},
-    ("lstm", "tf32"): {16: (4, 4), 32: (4, 4), 64: (8, 0)},
-    ("rnn", "ieee"): {16: (4, 4), 32: (4, 4)},
-    ("gru", "ieee"): {16: (4, 4)},
-    ("lstm", "ieee"): {16: (4, 4)},
-}
-
-
-def plan(mode: str, hidden: int, dtype: str, is_backward: bool, has_extras: bool, chip: tuple[int, int]) -> Plan:
-    """How a layer runs on compute capability `chip`: without spills, within its shared memory (`gate_cases`).
-
-    The batch and the time have no say, so that a row's result does not depend on them.
-
-    Args:
-        dtype: "half", "tf32" or "ieee".
-        has_extras: a recurrent mask or zoneout.
-    """
-    block, aligned = max(16, triton.next_power_of_2(hidden)), hidden % 16 == 0
-    gates, itemsize = GATES[mode], 2 if dtype == "half" else 4
-    warps = _FUSED_WARPS[mode.split("_")[0], dtype].get(block, (0, 0))[0 if aligned else 1]
-    # Here registers are just enough.
-    if gates > 1 and block == 128 and (has_extras or (mode, is_backward, chip) == ("lstm", True, (8, 0))):
-        warps = 0
-    # W_hh and what passes between layouts: 163 KB of shared memory on 8.0, 227 KB on 9.0 and 10.0, 99 KB elsewhere.
-    if gates * block * block * itemsize > 64 * 1024 and chip not in ((8, 0), (9, 0)) and chip[0] != 10:
-        warps = 0
-    if warps:
-        # Left alone, ptxas spills small ones to fit more of them on a multiprocessor; told so, it spills large ones.
-        registers = None if gates > 1 and block == 128 else 255
-        return Plan(True, {"BLOCK_B": 16, "BLOCK_H": block}, warps, 1, registers)
-    if dtype == "ieee":
-        return Plan(False, {"BLOCK_B": 16, "BLOCK_U": 16, "BLOCK_K": 16}, 4, 3)
-    # Elements of other sizes are moved one by one, each with an address in a register: half the tile.
-    block_k = (128 if aligned else 64) // itemsize
-    return Plan(False, {"BLOCK_B": 32, "BLOCK_U": 16, "BLOCK_K": block_k}, 4, 3, 255)
-
-
-def plan_projection(dtype: str) -> Plan:
-    if dtype == "ieee":
-        return Plan(False, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, 8, 3)
-    return Plan(False, {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}, 8, 3)
+from fused_ops.rnn.triton_rows import rnn_row_bwd_kernel, rnn_row_fwd_kernel
+from fused_ops.rnn.triton_steps import (
+    rnn_product_fwd_kernel,
+    rnn_state_bwd_kernel,
+    rnn_state_fwd_kernel,
+    rnn_step_bwd_kernel,
+    rnn_step_fwd_kernel,
+    rnn_unit_bwd_kernel,
+)
 
 
 def _dtype(tensor: Tensor) -> str:
@@ -102,15 +46,25 @@ def _on(tensor: Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else torch.device("cpu")
 
 
-def _resident(w_hh: Tensor, gates: int, block: int) -> Tensor:
-    """(D, G·H, H) as (D, G, block, block), with zeros beyond H."""
-    pad = block - w_hh.size(-1)
-    return F.pad(w_hh.unflatten(1, (gates, -1)), (0, pad, 0, pad)) if pad else w_hh
+def _resident(weight: Tensor | None, gates: int, units: int, k: int) -> Tensor | None:
+    """(D, gates·U, K) as (D, gates, units, k), with zeros beyond U and K."""
+    if weight is None:
+        return None
+    weight = weight.unflatten(1, (gates, -1))
+    pad = (0, k - weight.size(3), 0, units - weight.size(2))
+    return F.pad(weight, pad) if any(pad) else weight
 
 
-def _rates(zone_h, zone_c, zoneout_h: float, zoneout_c: float) -> tuple:
+def _rates(zone_h, zone_c, zoneout_h: float, zoneout_c: float) -> dict[str, float | None]:
     """Zoneout's probabilities where its expectation is asked for, else None."""
-    return tuple(p if p > 0.0 and zone is None else None for zone, p in ((zone_h, zoneout_h), (zone_c, zoneout_c)))
+    pairs = {"zoneout_h": (zone_h, zoneout_h), "zoneout_c": (zone_c, zoneout_c)}
+    return {name: p if p > 0.0 and zone is None else None for name, (zone, p) in pairs.items()}
+
+
+def _launcher(kernel, grid: tuple[int, ...], values: dict, chosen: Plan) -> Callable:
+    """The launch of `kernel` with those of `values` that it names, and what is not among them by keyword."""
+    values = {name: values[name] for name in kernel.arg_names if name in values}
+    return partial(kernel[grid], **values, **chosen.blocks, **chosen.options)
 
 
 def rnn_project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -132,150 +86,157 @@ def rnn_project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+def _values(mode: str, h0: Tensor, hidden: int, tokens: int, steps: int, **tensors: Tensor | None) -> dict:
+    """What the kernels of both directions take, by their parameters' names."""
+    given = dict(zip(tensors, _dense(*tensors.values()), strict=True))
+    return {
+        **{f"p_{name}": t if t is None or t.numel() else None for name, t in given.items()},
+        "p_h0": h0, "batch": h0.size(1), "steps": steps, "tokens": tokens, "hidden": hidden, "states": h0.size(2),
+        "outputs": GATES[mode] * hidden, "MODE": mode, "GATES": GATES[mode], "SLOPES": SLOPES[mode],
+        "PRECISION": _precision(_dtype(h0)),
+    }  # fmt: skip
+
+
+def _plan(values: dict, is_backward: bool) -> Plan:
+    extras = any(values[name] is not None for name in ("p_mask", "p_zone_h", "p_zone_c", "zoneout_h", "zoneout_c"))
+    h0 = values["p_h0"]
+    states = None if values["p_w_hr"] is None else values["states"]
+    normed = values["p_norm_hh"] is not None
+    return plan(values["MODE"], values["hidden"], states, _dtype(h0), is_backward, extras, normed, _chip(h0))
+
+
+def _fused(kernel, values: dict, chosen: Plan) -> None:
+    units, states = chosen.blocks["BLOCK_H"], chosen.blocks["BLOCK_P"]
+    weights = {
+        "p_w": _resident(values["p_w"], values["GATES"], units, states),
+        "p_w_hr": _resident(values["p_w_hr"], 1, states, units),
+    }
+    grid = (triton.cdiv(values["batch"], chosen.blocks["BLOCK_B"]), values["p_h0"].size(0))
+    _launcher(kernel, grid, values | weights, chosen)()
+
+
+def _grid(values: dict, chosen: Plan, outputs: int) -> tuple[int, int, int]:
+    rows = triton.cdiv(values["batch"], chosen.blocks["BLOCK_B"])
+    return triton.cdiv(outputs, chosen.blocks["BLOCK_U"]), rows, values["p_h0"].size(0)
+
+
+def _steps_fwd(values: dict, chosen: Plan) -> None:
+    h0, c0, normed, hidden = values["p_h0"], values["p_c0"], values["p_norm_hh"] is not None, values["hidden"]
+    of_cells = (*h0.shape[:2], hidden)
+    values["p_c"] = None if c0 is None else c0.to(torch.float32, copy=True)
+    values["p_m"] = None if values["p_w_hr"] is None else h0.new_empty(of_cells)
+    gemm = plan_product(_dtype(h0), hidden % 16 == 0 and values["states"] % 16 == 0)
+    if normed:
+        values["p_z"] = h0.new_empty((*h0.shape[:2], values["outputs"]), dtype=torch.float32)
+        rows = (values["batch"], h0.size(0))
+        launches = [
+            _launcher(rnn_product_fwd_kernel, _grid(values, gemm, values["outputs"]), values, gemm),
+            _launcher(rnn_row_fwd_kernel, rows, values, plan_rows(hidden)),
+        ]
+    else:
+        launches = [_launcher(rnn_step_fwd_kernel, _grid(values, chosen, hidden), values, chosen)]
+    if values["p_m"] is not None:
+        launches.append(_launcher(rnn_state_fwd_kernel, _grid(values, gemm, values["states"]), values, gemm))
+    for step in range(values["steps"]):
+        for launch in launches:
+            launch(i_s=step)
+
+
 def rnn_layer_fwd(
-    gi, w_hh, b_hn, h0, c0, lengths, starts, resets, mask, zone_h, zone_c, zoneout_h, zoneout_c,
-    mode: str, steps: int, keep: bool,
+    gi, w_hh, b_hn, w_hr, norm_hh, b_hh, norm_c, bias_c, h0, c0, lengths, starts, resets, mask, zone_h, zone_c,
+    zoneout_h, zoneout_c, mode: str, steps: int, keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(output, h_n, c_n, c_all, kept), as `rnn_layer_fwd_triton` in layers.py."""
-    rates = _rates(zone_h, zone_c, zoneout_h, zoneout_c)
-    extras = any(x is not None for x in (mask, zone_h, zone_c, *rates))
-    gi, w_hh, b_hn, h0, c0, *how = _dense(gi, w_hh, b_hn, h0, c0, lengths, starts, resets, mask, zone_h, zone_c)
     tokens, directions, gates, hidden = gi.shape
-    batch, lstm = h0.size(1), mode == "lstm"
-    padded = lengths is not None and starts is None
-    output = (torch.zeros if padded else torch.empty)((tokens, directions * hidden), dtype=h0.dtype, device=h0.device)
-    h_n, c_n = h0.clone(), c0.clone() if lstm else h0.new_empty(0)
+    lstm, rates = mode == "lstm", _rates(zone_h, zone_c, zoneout_h, zoneout_c)
+    (h0,) = _dense(h0)
+    new = torch.zeros if lengths is not None and starts is None else torch.empty
+    output = new((tokens, directions * h0.size(2)), dtype=h0.dtype, device=h0.device)
+    h_n, c_n = h0.clone(), c0.clone(memory_format=torch.contiguous_format) if lstm else h0.new_empty(0)
+    count = 4 if gates > 1 else int(rates["zoneout_h"] is not None)
     c_all = gi.new_empty((directions, tokens, hidden) if lstm and keep else 0)
-    kept = h0.new_empty((directions, tokens, 4, hidden) if gates > 1 and keep else 0)
-    if h0.numel() == 0 or tokens == 0:
+    kept = h0.new_empty((directions, tokens, count, hidden) if count and keep else 0)
+    if h_n.numel() == 0 or tokens == 0:
         return output, h_n, c_n, c_all, kept
-    dtype = _dtype(h0)
-    chosen = plan(mode, hidden, dtype, False, extras, _chip(h0))
-    blocks = chosen.blocks
-    constants = {"MODE": mode, "GATES": gates, "PRECISION": _precision(dtype), **blocks}
-    results = (output, h_n, c_n if lstm else None, *(t if t.numel() else None for t in (c_all, kept)))
-    sizes = (batch, steps, tokens, hidden)
-    rows = triton.cdiv(batch, blocks["BLOCK_B"])
+    values = rates | _values(
+        mode, h0, hidden, tokens, steps, gi=gi, w=w_hh, b_hn=b_hn, w_hr=w_hr, norm_hh=norm_hh, b_hh=b_hh,
+        norm_c=norm_c, bias_c=bias_c, c0=c0, lengths=lengths, starts=starts, resets=resets, mask=mask, zone_h=zone_h,
+        zone_c=zone_c, output=output, h_n=h_n, c_n=c_n, c_all=c_all, kept=kept,
+    )  # fmt: skip
+    chosen = _plan(values, False)
     with _on(h0):
         if chosen.is_fused:
-            w = _resident(w_hh, gates, blocks["BLOCK_H"])
-            rnn_fused_fwd_kernel[(rows, directions)](
-                gi, w, b_hn, h0, c0, *how, *rates, *results, *sizes, **constants, **chosen.options
-            )
+            _fused(rnn_fused_fwd_kernel, values, chosen)
         else:
-            c = c0.to(torch.float32, copy=True) if lstm else None
-            grid = (triton.cdiv(hidden, blocks["BLOCK_U"]), rows, directions)
-            for step in range(steps):
-                rnn_step_fwd_kernel[grid](
-                    gi, w_hh, b_hn, h0, *how, *rates, *results, c, step, *sizes, **constants, **chosen.options
-                )
+            _steps_fwd(values, chosen)
     return output, h_n, c_n, c_all, kept
 
 
+def _steps_bwd(values: dict, chosen: Plan) -> None:
+    h0, hidden, normed = values["p_h0"], values["hidden"], values["p_norm_hh"] is not None
+    projected = values["p_w_hr"] is not None
+    zoned = values["p_zone_h"] is not None or values["zoneout_h"] is not None
+    passes = zoned or values["MODE"] == "gru"
+    of_cells = (*h0.shape[:2], hidden)
+    values["p_passed"] = torch.empty_like(h0, dtype=torch.float32) if passes else None
+    values["p_dc"] = h0.new_empty(of_cells, dtype=torch.float32) if values["MODE"] == "lstm" else None
+    if not (normed or projected):
+        launches = [_launcher(rnn_step_bwd_kernel, _grid(values, chosen, hidden), values, chosen)]
+    else:
+        gemm = plan_product(_dtype(h0), hidden % 16 == 0 and values["states"] % 16 == 0)
+        dh = h0.new_empty(of_cells, dtype=torch.float32) if normed else None
+        through = {"p_through": values["p_through" if normed else "p_slopes"], "p_dh": None if projected else dh}
+        through["stride"] = hidden * values["GATES" if normed else "SLOPES"]
+        grid = _grid(values, gemm, values["states"])
+        launches = [_launcher(rnn_state_bwd_kernel, grid, values | through, gemm)]
+        values["p_dh"] = dh
+        if projected:  # the cell is not concerned with the state
+            values |= dict.fromkeys(("p_grad_output", "p_zone_h", "zoneout_h", "p_passed"))
+            launches.append(_launcher(rnn_unit_bwd_kernel, _grid(values, chosen, hidden), values, chosen))
+        if normed:
+            rows = (values["batch"], h0.size(0))
+            launches.append(_launcher(rnn_row_bwd_kernel, rows, values, plan_rows(hidden)))
+    for step in range(values["steps"] - 1, -2, -1):
+        for launch in launches:
+            launch(i_s=step)
+
+
 def rnn_layer_bwd(
-    grad_output, grad_h_n, grad_c_n, grad_c_all, w_hh, h0, c0, lengths, starts, resets, mask, zone_h, zone_c,
-    zoneout_h, zoneout_c, output, c_all, kept, mode: str, steps: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(slopes, dh0, dc0), as `rnn_layer_bwd_triton` in layers.py."""
-    rates = _rates(zone_h, zone_c, zoneout_h, zoneout_c)
-    extras = any(x is not None for x in (mask, zone_h, zone_c, *rates))
-    grads = _dense(grad_output, grad_h_n, grad_c_n, grad_c_all)
-    w_hh, h0, c0, *how = _dense(w_hh, h0, c0, lengths, starts, resets, mask, zone_h, zone_c)
-    saved = [t if t.numel() else None for t in _dense(output, c_all, kept)]
-    (directions, batch, hidden), tokens, lstm = h0.shape, output.size(0), mode == "lstm"
-    gates, padded = GATES[mode], lengths is not None and starts is None
-    slopes = (torch.zeros if padded else torch.empty)(
-        (tokens, directions, SLOPES[mode], hidden), dtype=h0.dtype, device=h0.device
-    )
-    dh0, dc0 = torch.empty_like(h0), torch.empty_like(c0) if lstm else h0.new_empty(0)
-    if h0.numel() == 0:
-        return slopes, dh0, dc0
-    dtype = _dtype(h0)
-    chosen = plan(mode, hidden, dtype, True, extras, _chip(h0))
-    blocks = chosen.blocks
-    passes = mode == "gru" or zone_h is not None or rates[0] is not None
-    constants = {
-        "MODE": mode, "GATES": gates, "SLOPES": SLOPES[mode], "PRECISION": _precision(dtype), **blocks,
-        "NEEDS_H": mode == "gru" or (not lstm and rates[0] is not None),
-    }  # fmt: skip
-    results = (slopes, dh0, dc0 if lstm else None)
-    sizes = (batch, steps, tokens, hidden)
-    rows = triton.cdiv(batch, blocks["BLOCK_B"])
+    grad_output, grad_h_n, grad_c_n, grad_c_all, w_hh, w_hr, norm_hh, norm_c, bias_c, hat_hh, rstd_hh, hat_c, rstd_c,
+    h0, c0, lengths, starts, resets, mask, zone_h, zone_c, zoneout_h, zoneout_c, output, c_all, kept,
+    mode: str, steps: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(slopes, through, slopes_c, grad_states, dh0, dc0), as `rnn_layer_bwd_triton` in layers.py."""
+    (h0,) = _dense(h0)
+    (directions, _, states), tokens, lstm, gates = h0.shape, output.size(0), mode == "lstm", GATES[mode]
+    hidden, normed = w_hh.size(1) // gates, norm_hh is not None
+    new = torch.zeros if lengths is not None and starts is None else torch.empty
+
+    def result(wanted: bool, *shape: int) -> Tensor:
+        return new((tokens, directions, *shape) if wanted else 0, dtype=h0.dtype, device=h0.device)
+
+    results = {
+        "slopes": result(True, SLOPES[mode], hidden),
+        "through": result(normed, gates, hidden),
+        "slopes_c": result(normed and lstm, hidden),
+        "grad_states": result(w_hr is not None, states),
+        "dh0": torch.empty_like(h0),
+        "dc0": torch.empty_like(c0, memory_format=torch.contiguous_format) if lstm else h0.new_empty(0),
+    }
+    if h0.numel() == 0 or tokens == 0:
+        for name, grad in (("dh0", grad_h_n), ("dc0", grad_c_n)):
+            results[name] = torch.zeros_like(results[name]) if grad is None else grad.clone()
+        return tuple(results.values())
+    values = _rates(zone_h, zone_c, zoneout_h, zoneout_c) | _values(
+        mode, h0, hidden, tokens, steps, grad_output=grad_output, grad_h_n=grad_h_n, grad_c_n=grad_c_n,
+        grad_c_all=grad_c_all, w=w_hh, w_hr=w_hr, norm_hh=norm_hh, norm_c=norm_c, bias_c=bias_c, hat_hh=hat_hh,
+        rstd_hh=rstd_hh, hat_c=hat_c, rstd_c=rstd_c, c0=c0, lengths=lengths, starts=starts, resets=resets, mask=mask,
+        zone_h=zone_h, zone_c=zone_c, output=output, c_all=c_all, kept=kept, **results,
+    )  # fmt: skip
+    chosen = _plan(values, True)
     with _on(h0):
         if chosen.is_fused:
-            w = _resident(w_hh, gates, blocks["BLOCK_H"])
-            rnn_fused_bwd_kernel[(rows, directions)](
-                *grads, w, h0, c0, *how, *rates, *saved, *results, *sizes, **constants, **chosen.options
-            )
+            _fused(rnn_fused_bwd_kernel, values, chosen)
         else:
-            passed, dc = (torch.empty_like(h0, dtype=torch.float32) if there else None for there in (passes, lstm))
-            grid = (triton.cdiv(hidden, blocks["BLOCK_U"]), rows, directions)
-            for step in range(steps - 1, -2, -1):
-                rnn_step_bwd_kernel[grid](
-                    *grads, w_hh, h0, c0, *how, *rates, *saved, *results, passed, dc, step, *sizes,
-                    **constants, **chosen.options,
-                )  # fmt: skip
-    return slopes, dh0, dc0
-
-
-_LSTM_ONLY = ("p_c0", "p_c_n", "p_c_all", "p_c", "p_dc", "p_dc0", "p_grad_c_n", "p_grad_c_all", "p_zone_c")
-_EXTRAS = ("p_mask", "p_zone_h", "p_zone_c")
-_POINTERS = {
-    **dict.fromkeys(("p_gi", "p_c_all", "p_c", "p_dc", "p_passed", "p_bias"), "*fp32"),
-    **dict.fromkeys(("p_lengths", "p_starts"), "*i64"),
-    **dict.fromkeys(("p_resets", "p_zone_h", "p_zone_c"), "*i1"),
-}
-
-
-def _gate_case(kernel, mode: str, dtype: str, precision: str, variant: str, chosen: Plan) -> tuple:
-    """variant: "plain"; "varlen": with lengths, packed, and resets; "extras": with masks and zoneout too."""
-    gated = mode in ("gru", "lstm")
-    missing = {"zoneout_h", "zoneout_c"} | (set() if variant == "extras" else set(_EXTRAS))
-    missing |= set() if mode == "lstm" else set(_LSTM_ONLY)
-    missing |= set() if mode == "gru" else {"p_b_hn"} | (set() if variant == "extras" else {"p_passed"})
-    missing |= set() if gated else {"p_kept"}
-    missing |= {"p_lengths", "p_starts", "p_resets"} if variant == "plain" else set()
-    constants = dict.fromkeys(missing, None) | chosen.blocks
-    constants |= {"MODE": mode, "GATES": GATES[mode], "SLOPES": SLOPES[mode], "NEEDS_H": mode == "gru"}
-    constants |= {"PRECISION": precision}
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    signature = {
-        name: _POINTERS.get(name, f"*{dtype}") if name.startswith("p_") else "i32"
-        for name in kernel.arg_names
-        if name not in constants
-    }
-    tile = "x".join(map(str, chosen.blocks.values()))
-    return f"{mode} {dtype} {precision} {variant} {tile}", kernel, signature, constants, *chosen[2:]
-
-
-def gate_cases(chip: tuple[int, int], aligned: bool) -> list[tuple]:
-    """(label, kernel, signature, constexprs, warps, stages) of every configuration a layer picks on `chip`.
-
-    bfloat16 stands for both half types, rnn_tanh for both of its kind.
-    """
-    kernels = {
-        (True, False): rnn_fused_fwd_kernel,
-        (True, True): rnn_fused_bwd_kernel,
-        (False, False): rnn_step_fwd_kernel,
-        (False, True): rnn_step_bwd_kernel,
-    }
-    cases = []
-    for dtype, name, precision in (("half", "bf16", "ieee"), ("tf32", "fp32", "tf32"), ("ieee", "fp32", "ieee")):
-        chosen = plan_projection(dtype)
-        pointers = {"p_x": f"*{name}", "p_w": f"*{name}", "p_bias": "*fp32", "p_out": "*fp32"}
-        signature = {**pointers, **dict.fromkeys(("rows", "inputs", "outputs"), "i32")}
-        constants = {**chosen.blocks, "PRECISION": precision}
-        label = f"{name} {precision} {'x'.join(map(str, chosen.blocks.values()))}"
-        cases.append((label, rnn_project_fwd_kernel, signature, constants, *chosen[2:]))
-        for mode in ("rnn_tanh", "gru", "lstm"):
-            picked = {}
-            for block in (16, 32, 64, 128, 256, 512):
-                for variant in ("plain", "varlen", "extras")[0 if block > 64 else 2 :]:
-                    for is_backward in (False, True):
-                        hidden = block if aligned else block - 1
-                        chosen = plan(mode, hidden, dtype, is_backward, variant == "extras", chip)
-                        kernel = kernels[chosen.is_fused, is_backward]
-                        case = _gate_case(kernel, mode, name, precision, variant, chosen)
-                        picked[case[0], kernel.__name__] = case
-            cases += picked.values()
-    return cases
+            _steps_bwd(values, chosen)
+    return tuple(results.values())

@@ -1,9 +1,14 @@
 """Public sequences on a GPU's kernels: one check for a GPU, the emulator and the interpreter."""
 
+from collections.abc import Collection
+
 import torch
 
+from fused_ops.rnn import layers, reference
+from fused_ops.rnn.reference import Tensors
 from tests.rnn.common import Case
-from tests.support import assert_accurate, randn, value_and_gradients
+from tests.rnn.extras import LENGTHS, RESETS, flat_call, packed
+from tests.support import assert_accurate, leaves, randn, value_and_gradients
 
 WHAT = ("plain", "lengths", "lengths and resets")
 
@@ -42,6 +47,34 @@ def check(backend: str, mode: str, dtype: torch.dtype, what: str, device: str, h
     for i, (grad, wanted) in enumerate(zip(grads, exact_grads, strict=True)):
         own = wanted + _error(torch_grads, true_grads, i)
         assert_accurate(grad.cpu(), wanted, own, factor=3.0, terms=60)
+
+
+def check_extras(
+    backend: str, mode: str, extras: Collection[str], dtype: torch.dtype, device: str, packs=False, hidden=5
+):
+    """Values and every gradient of a driver's flat call with the named extras, an LSTM projected, against float64."""
+    case = Case(mode, hidden=hidden, layers=2, bidirectional=True, dtype=dtype, proj=3 if mode == "lstm" else 0)
+    tensors, params, static = flat_call(case, extras, LENGTHS, None if packs else RESETS, all_states=not packs)
+    tensors = packed(tensors) if packs else tensors
+    inputs = [t if i > 2 or t is None else t.requires_grad_() for i, t in enumerate(tensors)]
+    inputs += [param.requires_grad_() for param in params]
+    head = len(tensors)
+
+    def run(dtype, device, sequence):
+        def call(*there):
+            sizes = {"batch_sizes": tensors.batch_sizes}  # on the CPU, as in a PackedSequence
+            return sequence(Tensors(*there[:head])._replace(**sizes), there[head:])
+
+        values, grads = value_and_gradients(call, leaves(*inputs, dtype=dtype, device=device))
+        return [t.detach().cpu() for t in (*values, *grads)], len(values)
+
+    def plain(tensors, params):
+        return reference.sequence(*tensors, *params, *static)
+
+    found, count = run(dtype, device, lambda tensors, params: layers.sequence(backend, tensors, params, static))
+    exact, own = run(torch.float64, "cpu", plain)[0], run(dtype, "cpu", plain)[0]
+    for i, (value, wanted, peer) in enumerate(zip(found, exact, own, strict=True)):
+        assert_accurate(value, wanted, peer, factor=2.0 if i < count else 3.0, terms=4 * hidden if i < count else 60)
 
 
 def _error(found, exact, i: int) -> float:

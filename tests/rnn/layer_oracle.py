@@ -8,6 +8,9 @@ from torch import Tensor
 from fused_ops.rnn import reference
 from tests.support import randn
 
+# The ops' results, by name.
+FORWARD = ("output", "h_n", "c_n", "c_all", "kept")
+BACKWARD = ("slopes", "through", "slopes_c", "grad_states", "dh0", "dc0")
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
 
 
@@ -18,6 +21,11 @@ class Layer:
     gi: Tensor
     w_hh: Tensor
     b_hn: Tensor | None
+    w_hr: Tensor | None
+    norm_hh: Tensor | None
+    b_hh: Tensor | None
+    norm_c: Tensor | None
+    bias_c: Tensor | None
     h0: Tensor
     c0: Tensor | None
     lengths: Tensor | None
@@ -37,21 +45,26 @@ class Layer:
                 self.zoneout_h, self.zoneout_c)  # fmt: skip
 
     def fwd_arguments(self, keep: bool = True) -> tuple:
-        return (self.gi, self.w_hh, self.b_hn, self.h0, self.c0, *self.how, self.mode, self.steps, keep)
+        norms = (self.norm_hh, self.b_hh, self.norm_c, self.bias_c)
+        weights = (self.w_hh, self.b_hn, self.w_hr, *norms)
+        return (self.gi, *weights, self.h0, self.c0, *self.how, self.mode, self.steps, keep)
 
-    def bwd_arguments(self, grads, output, c_all, kept) -> tuple:
-        """grads: those by output, h_n, c_n, c_all, or None each."""
-        return (*grads, self.w_hh, self.h0, self.c0, *self.how, output, c_all, kept, self.mode, self.steps)
+    def bwd_arguments(self, grads, output, c_all, kept, hats=(None, None, None, None)) -> tuple:
+        """grads: those by output, h_n, c_n, c_all, or None each. hats: hat_hh, rstd_hh, hat_c, rstd_c."""
+        weights = (self.w_hh, self.w_hr, self.norm_hh, self.norm_c, self.bias_c)
+        saved = (output, c_all, kept)
+        return (*grads, *weights, *hats, self.h0, self.c0, *self.how, *saved, self.mode, self.steps)
 
     def to(self, dtype: torch.dtype, device="cpu") -> "Layer":
-        """The same call in another dtype (gi stays float32 but for float64)."""
+        """The same call in another dtype (gi and the norms stay float32 but for float64)."""
 
         def moved(name, value):
             if not isinstance(value, Tensor):
                 return value
             if not value.is_floating_point():
                 return value.to(device)
-            return value.to(device, dtype if name != "gi" or dtype == torch.float64 else torch.float32)
+            is_wide = name in ("gi", "norm_hh", "b_hh", "norm_c", "bias_c") and dtype != torch.float64
+            return value.to(device, torch.float32 if is_wide else dtype)
 
         return Layer(**{name: moved(name, value) for name, value in vars(self).items()})
 
@@ -71,9 +84,10 @@ class Layer:
 
 def layer_case(
     mode="gru", time=5, batch=3, hidden=6, directions=1, dtype=torch.float32, *, bias=True, lengths=None, packed=False,
-    resets=False, mask=False, zoneout=None, seed=0,
+    resets=False, mask=False, zoneout=None, norm=False, states=None, seed=0,
 ) -> Layer:  # fmt: skip
     """Reproducible inputs. lengths: a list. packed: by those lengths, descending. zoneout: "masks" or a probability.
+    states: features of a projected h, for an LSTM.
 
     What lies in the padding of gi is NaN.
     """
@@ -94,19 +108,29 @@ def layer_case(
     def coin(*shape):
         return torch.rand(shape, generator=generator) < 0.3
 
+    def wide(there, *shape, seed, offset=0.0):
+        return (offset + 0.3 * randn(*shape, seed=seed)).to(gi.dtype) if there else None
+
+    biased = mode == "gru" and bias and not norm
+    features, gi = states or hidden, gi.double() if dtype == torch.float64 else gi
     zones = zoneout == "masks"
     rate = 0.0 if zones or zoneout is None else zoneout
     return Layer(
-        gi=gi if dtype != torch.float64 else gi.double(),
-        w_hh=(randn(directions, gates * hidden, hidden, seed=seed + 2) * scale).to(dtype),
-        b_hn=(randn(directions, hidden, seed=seed + 3) * scale).to(dtype) if mode == "gru" and bias else None,
-        h0=randn(directions, batch, hidden, seed=seed + 4).to(dtype),
+        gi=gi,
+        w_hh=(randn(directions, gates * hidden, features, seed=seed + 2) * scale).to(dtype),
+        b_hn=(randn(directions, hidden, seed=seed + 3) * scale).to(dtype) if biased else None,
+        w_hr=(randn(directions, states, hidden, seed=seed + 6) * scale).to(dtype) if states else None,
+        norm_hh=wide(norm, directions, gates, hidden, seed=seed + 7, offset=1.0),
+        b_hh=wide(norm and bias, directions, gates, hidden, seed=seed + 8),
+        norm_c=wide(norm and lstm, directions, hidden, seed=seed + 9, offset=1.0),
+        bias_c=wide(norm and lstm, directions, hidden, seed=seed + 10),
+        h0=randn(directions, batch, features, seed=seed + 4).to(dtype),
         c0=randn(directions, batch, hidden, seed=seed + 5).to(dtype) if lstm else None,
         lengths=lengths,
         starts=starts,
         resets=coin(time, batch) if resets else None,
-        mask=(~coin(directions, batch, hidden)).to(dtype) / 0.75 if mask else None,
-        zone_h=coin(directions, count, hidden) if zones else None,
+        mask=(~coin(directions, batch, features)).to(dtype) / 0.75 if mask else None,
+        zone_h=coin(directions, count, features) if zones else None,
         zone_c=coin(directions, count, hidden) if zones and lstm else None,
         zoneout_h=rate,
         zoneout_c=rate if lstm else 0.0,
@@ -115,23 +139,32 @@ def layer_case(
     )
 
 
-def forward(layer: Layer, gi: Tensor | None = None) -> dict[str, Tensor]:
+def probes(layer: Layer) -> dict[str, Tensor]:
+    """Zeros to be added to W_hh·h, to the normalised c and to W_hr·m of every token, for the gradients by those."""
+    (count, directions, gates, hidden), dtype = layer.gi.shape, torch.promote_types(layer.w_hh.dtype, torch.float32)
+    shapes = {"through": (gates, hidden), "slopes_c": (hidden,), "grad_states": layer.h0.shape[2:]}
+    return {name: torch.zeros(count, directions, *shape, dtype=dtype) for name, shape in shapes.items()}
+
+
+def forward(layer: Layer, gi: Tensor | None = None, added: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """output, h_n, c_n, c_all and kept; past a length they are 0. h is rounded to the dtype of w_hh where it is fed
-    back, the rest is at least float32. gi: in place of the layer's, for its gradient."""
-    gi = layer.gi if gi is None else gi
+    back, and m where W_hr takes it; the rest is at least float32. gi: in place of the layer's, for its gradient.
+    added: `probes`. Also hat_hh, rstd_hh, hat_c and rstd_c, of the layer norms."""
+    gi, added = layer.gi if gi is None else gi, probes(layer) if added is None else added
     dtype = layer.w_hh.dtype
     compute = torch.promote_types(dtype, torch.float32)
-    directions, batch, hidden = layer.h0.shape
-    count, lstm = gi.size(0), layer.mode == "lstm"
-    outputs, finals, cells, kepts = [], [], [], []
+    (directions, batch, features), (count, _, gates, hidden), lstm = layer.h0.shape, gi.shape, layer.mode == "lstm"
     live = torch.ones(layer.steps, batch, dtype=torch.bool)
     if layer.lengths is not None:
         live = torch.arange(layer.steps)[:, None] < layer.lengths
+    shapes = {
+        "output": (features,), "c_all": (hidden,), "kept": (4 if gates > 1 else 1, hidden), "hat_hh": (gates, hidden),
+        "rstd_hh": (), "hat_c": (hidden,), "rstd_c": (),
+    }  # fmt: skip
+    of_directions, finals = [], []
     for d in range(directions):
         h, c = layer.h0[d].to(compute), layer.c0[d].to(compute) if lstm else None
-        hs = [torch.zeros(hidden, dtype=compute)] * count
-        cs, ks = list(hs), [torch.zeros(4, hidden, dtype=compute)] * count
-        weight = layer.w_hh[d].to(compute)
+        found = {name: [torch.zeros(shape, dtype=compute)] * count for name, shape in shapes.items()}
         for t in reversed(range(layer.steps)) if d else range(layer.steps):
             rows = live[t].nonzero()[:, 0]
             token = (t * batch if layer.starts is None else int(layer.starts[t])) + rows
@@ -139,36 +172,56 @@ def forward(layer: Layer, gi: Tensor | None = None) -> dict[str, Tensor]:
             if layer.resets is not None:
                 before = before.masked_fill(layer.resets[t, rows, None], 0.0)
                 c_before = c_before.masked_fill(layer.resets[t, rows, None], 0.0) if lstm else None
-            into = before if layer.mask is None else (before * layer.mask[d, rows].to(compute)).to(dtype).to(compute)
-            gh = into @ weight.t()
-            if layer.b_hn is not None:
-                gh = torch.cat((gh[:, : 2 * hidden], gh[:, 2 * hidden :] + layer.b_hn[d].to(compute)), 1)
-            now, c_now, kept = _step(layer.mode, gi[token, d].to(compute).flatten(1), gh, before, c_before)
-            now = _zoned(now, before, layer.zone_h, layer.zoneout_h, d, token).to(dtype).to(compute)
-            h = h.index_put((rows,), now)
-            if lstm:
-                c_now = _zoned(c_now, c_before, layer.zone_c, layer.zoneout_c, d, token)
-                c = c.index_put((rows,), c_now)
-            for i, place in enumerate(token.tolist()):
-                hs[place] = now[i]
-                cs[place] = c_now[i] if lstm else cs[place]
-                ks[place] = kept[i] if kept is not None else ks[place]
-        outputs.append(torch.stack(hs) if count else gi.new_zeros(0, hidden))
+            step = _step_of(layer, d, rows, token, gi, before, c_before, added)
+            h = h.index_put((rows,), step["output"])
+            c = c.index_put((rows,), step["c_all"]) if lstm else None
+            for name, value in step.items():
+                for i, place in enumerate(token.tolist()):
+                    found[name][place] = value[i]
+        of_directions.append({n: torch.stack(v) if count else gi.new_zeros(0, *shapes[n]) for n, v in found.items()})
         finals.append((h, c))
-        cells.append(torch.stack(cs) if count else gi.new_zeros(0, hidden))
-        kepts.append(torch.stack(ks) if count else gi.new_zeros(0, 4, hidden))
+    found = {name: torch.stack([of_one[name] for of_one in of_directions]) for name in shapes}
     empty = torch.zeros(0, dtype=compute)
-    return {
-        "output": torch.cat(outputs, 1),
+    zoned = layer.zone_h is None and layer.zoneout_h > 0.0
+    return found | {
+        "output": found["output"].movedim(0, 1).flatten(1).contiguous(),
         "h_n": torch.stack([h for h, _ in finals]),
         "c_n": torch.stack([c for _, c in finals]) if lstm else empty,
-        "c_all": torch.stack(cells) if lstm else empty,
-        "kept": torch.stack(kepts) if layer.mode in ("gru", "lstm") else empty,
+        "c_all": found["c_all"] if lstm else empty,
+        "kept": found["kept"] if gates > 1 or zoned else empty,
     }
 
 
+def _step_of(layer: Layer, d: int, rows, token, gi, before, c_before, added) -> dict[str, Tensor]:
+    dtype, compute = layer.w_hh.dtype, before.dtype
+    into = before if layer.mask is None else (before * layer.mask[d, rows].to(compute)).to(dtype).to(compute)
+    gh = into @ layer.w_hh[d].to(compute).t() + added["through"][token, d].flatten(1)
+    found = {}
+    if layer.norm_hh is not None:
+        hat, found["rstd_hh"] = _normalised(gh)
+        found["hat_hh"] = hat.unflatten(1, gi.shape[2:])
+        gh = hat * layer.norm_hh[d].flatten()
+        gh = gh if layer.b_hh is None else gh + layer.b_hh[d].flatten()
+    if layer.b_hn is not None:
+        r_and_z = 2 * layer.b_hn.size(1)
+        gh = torch.cat((gh[:, :r_and_z], gh[:, r_and_z:] + layer.b_hn[d].to(compute)), 1)
+    now, c, found["kept"] = _step(layer.mode, gi[token, d].to(compute).flatten(1), gh, before, c_before)
+    if layer.mode == "lstm":
+        found["c_all"] = _zoned(c, c_before, layer.zone_c, layer.zoneout_c, d, token)
+        if layer.norm_c is not None:
+            found["hat_c"], found["rstd_c"] = _normalised(c)
+            c = found["hat_c"] * layer.norm_c[d] + layer.bias_c[d]
+        now = found["kept"][:, 3] * torch.tanh(c + added["slopes_c"][token, d])
+        if layer.w_hr is not None:
+            now = now.to(dtype).to(compute) @ layer.w_hr[d].to(compute).t() + added["grad_states"][token, d]
+    elif found["kept"] is None:
+        found["kept"] = now[:, None]
+    found["output"] = _zoned(now, before, layer.zone_h, layer.zoneout_h, d, token).to(dtype).to(compute)
+    return found
+
+
 def _step(mode: str, gi, gh, h, c):
-    """(h, c, kept (rows, 4, H))."""
+    """(h, c, kept (rows, 4, H)), without norms and projection."""
     if mode == "gru":
         (r_i, z_i, n_i), (r_h, z_h, n_h) = gi.chunk(3, 1), gh.chunk(3, 1)
         r, z = torch.sigmoid(r_i + r_h), torch.sigmoid(z_i + z_h)
@@ -181,6 +234,11 @@ def _step(mode: str, gi, gh, h, c):
     return reference.rnn_gates(gi, gh, mode == "rnn_relu"), None, None
 
 
+def _normalised(x: Tensor) -> tuple[Tensor, Tensor]:
+    hat, _, rstd = torch.native_layer_norm(x, x.shape[1:], None, None, reference.EPS)
+    return hat, rstd.flatten()
+
+
 def _zoned(new, old, zone, rate: float, d: int, token):
     if zone is not None:
         return torch.where(zone[d, token], old, new)
@@ -188,43 +246,45 @@ def _zoned(new, old, zone, rate: float, d: int, token):
 
 
 def backward(layer: Layer, grads) -> dict[str, Tensor]:
-    """slopes, dh0 and dc0, by autograd. grads: those by output, h_n, c_n and c_all, or None each."""
+    """slopes, through, slopes_c, grad_states, dh0 and dc0, by autograd. grads: those by output, h_n, c_n and c_all, or
+    None each."""
     compute = torch.promote_types(layer.w_hh.dtype, torch.float32)
-    parts = vars(layer) | {
-        name: None if (t := getattr(layer, name)) is None else t.detach().to(compute).requires_grad_()
-        for name in ("h0", "c0", "b_hn")
+    states = {
+        name: t.detach().to(compute).requires_grad_()
+        for name in ("h0", "c0")
+        if (t := getattr(layer, name)) is not None
     }
-    gi = layer.gi.detach().clone().requires_grad_()
-    # The GRU's slope by W_hn·h + b_hn is the gradient by a b_hn of every token's own.
-    if layer.mode == "gru":
-        return _gru_backward(Layer(**parts), gi, grads)
-    found = forward(Layer(**parts), gi)
-    gi_grad, dh0, *dc0 = _differentiate(
-        found, grads, [gi, parts["h0"], *([parts["c0"]] if layer.c0 is not None else [])]
-    )
-    return {"slopes": gi_grad, "dh0": dh0, "dc0": dc0[0] if dc0 else torch.zeros(0)}
-
-
-def _gru_backward(layer: Layer, gi: Tensor, grads) -> dict[str, Tensor]:
-    found = forward(layer, gi)
-    gi_grad, dh0 = _differentiate(found, grads, [gi, layer.h0])
-    r = found["kept"].detach().movedim(0, 1)[:, :, 1]  # dL/d(W_hn·h + b_hn) = r · dL/dn before its activation
-    slopes = torch.cat(((gi_grad[:, :, 2] * r)[:, :, None], gi_grad), 2)
-    return {"slopes": slopes, "dh0": dh0, "dc0": torch.zeros(0)}
-
-
-def _differentiate(found: dict, grads, wanted: list) -> list[Tensor]:
+    layer = Layer(**vars(layer) | states)
+    gi, added = layer.gi.detach().clone().requires_grad_(), probes(layer)
+    wanted = {"slopes": gi, **{name: t.requires_grad_() for name, t in added.items()}}
+    wanted |= {f"d{name}": t for name, t in states.items()}
+    found = forward(layer, gi, added)
     names = ("output", "h_n", "c_n", "c_all")
     pairs = [(found[n], g.to(found[n].dtype)) for n, g in zip(names, grads, strict=True) if g is not None]
-    got = torch.autograd.grad([p[0] for p in pairs], wanted, [p[1] for p in pairs], allow_unused=True)
-    return [torch.zeros_like(w) if g is None else g for g, w in zip(got, wanted, strict=True)]
+    outputs, given = ([pair[i] for pair in pairs] for i in (0, 1))
+    got = torch.autograd.grad(outputs, list(wanted.values()), given, allow_unused=True, materialize_grads=True)
+    by = dict(zip(wanted, got, strict=True))
+    if layer.mode == "gru":  # dL/d(W_hn·h + b_hn) = r · dL/d(n before its activation)
+        r = found["kept"].detach().movedim(0, 1)[:, :, 1]
+        by["slopes"] = torch.cat(((by["slopes"][:, :, 2] * r)[:, :, None], by["slopes"]), 2)
+    there = {"through": layer.norm_hh, "slopes_c": layer.norm_c, "grad_states": layer.w_hr, "dc0": layer.c0}
+    nothing = torch.zeros(0, dtype=compute)
+    return {"dc0": nothing} | {name: t if there.get(name, t) is not None else nothing for name, t in by.items()}
+
+
+def hats(found: dict[str, Tensor], layer: Layer) -> tuple[Tensor | None, ...]:
+    """hat_hh, rstd_hh, hat_c and rstd_c of what `forward` found, None without norms."""
+    there = (layer.norm_hh, layer.norm_hh, layer.norm_c, layer.norm_c)
+    names = ("hat_hh", "rstd_hh", "hat_c", "rstd_c")
+    return tuple(None if t is None else found[n].detach().float() for n, t in zip(names, there))
 
 
 def random_grads(layer: Layer, seed: int = 11) -> tuple[Tensor | None, ...]:
     """Gradients by output, h_n, c_n and c_all in the layer's dtype; c's for an LSTM alone."""
     dtype, device, state = layer.w_hh.dtype, layer.gi.device, layer.h0.shape
-    count, directions, hidden = layer.gi.size(0), *state[::2]
-    shapes = [(count, directions * hidden), state]
-    shapes += [state, (directions, count, hidden)] if layer.mode == "lstm" else []
+    count, directions, features = layer.gi.size(0), *state[::2]
+    shapes = [(count, directions * features), state]
+    if layer.mode == "lstm":
+        shapes += [layer.c0.shape, (directions, count, layer.gi.size(-1))]
     grads = [randn(*shape, seed=seed + i).to(device, dtype) for i, shape in enumerate(shapes)]
     return *grads, *[None] * (4 - len(grads))

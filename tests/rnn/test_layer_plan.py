@@ -15,10 +15,9 @@ CHIPS = {"H200": H200, "A100": A100, "4090": RTX4090}
 GATES = {"rnn_tanh": 1, "gru": 3, "lstm": 4}
 
 
-def plan(mode="lstm", hidden=512, batch=16, directions=1, element_bytes=2, backward=False, **chip) -> dict:
-    return extension.host.plan_rnn_layer(
-        mode, backward, hidden, batch, directions, element_bytes, **({**H200, **chip} if chip else H200)
-    )
+def plan(mode="lstm", hidden=512, batch=16, directions=1, element_bytes=2, backward=False, **more) -> dict:
+    """more: of the chip, or projected and layer_norm."""
+    return extension.host.plan_rnn_layer(mode, backward, hidden, batch, directions, element_bytes, **{**H200, **more})
 
 
 @pytest.mark.parametrize("hidden, slices", [(447, 8), (448, 8), (449, 15), (632, 16), (640, 16)])
@@ -96,3 +95,73 @@ def test_a_large_batch_takes_more_rows_or_launches_not_other_weights():
     small, large = plan(hidden=768, batch=16), plan(hidden=768, batch=2000)
     assert large["launches"] > 1 and small["launches"] == 1
     assert plan(hidden=256, batch=4000)["rows"] == 16 and plan(hidden=256, batch=4000)["launches"] == 1
+
+
+# projected, layer_norm
+EXTRAS = ((0, True), (100, False), (100, True))
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("projected, layer_norm, element_bytes, backward", [
+    (*extra, *rest) for extra, *rest in product(EXTRAS, (2, 4), (False, True))
+])  # fmt: skip
+def test_extras_are_counted_and_shared_out(chip, projected, layer_norm, element_bytes, backward):
+    extras, served = {"projected": projected, "layer_norm": layer_norm}, 0
+    for hidden, batch, directions in product((100, 447, 768, 1200), (1, 13, 700), (1, 2)):
+        sizes = ("lstm", hidden, batch, directions, element_bytes, backward)
+        found = plan(*sizes, **CHIPS[chip], **extras)
+        if found["design"] == "none":
+            continue
+        served += 1
+        units, features, rows, slices, splits = (found[n] for n in ("units", "features", "rows", "slices", "splits"))
+        assert (slices - 1) * units < hidden <= slices * units
+        assert max(units, features) * rows <= 512
+        if projected:
+            assert slices * features >= projected
+            made = features if backward else units
+            matrices = 4 * units * projected if not backward else features * 4 * hidden
+            matrices += features * hidden if not backward else units * projected
+        else:
+            assert features == units
+            made, matrices = units, 4 * units * hidden
+        partial = max(splits, 2 if layer_norm else 1) * rows * made * (1 if backward else 4) * 4
+        sums = rows * 8 * (1 + (2 * slices if found["design"] == "cluster" else 0)) if layer_norm else 0
+        assert matrices * element_bytes + partial + sums <= found["shared_bytes"] <= CHIPS[chip]["shared_bytes"]
+        if found["design"] == "cluster":
+            assert units * element_bytes % 16 == features * element_bytes % 16 == 0
+        else:
+            assert found["blocks"] <= CHIPS[chip]["multiprocessors"]
+    assert served > 0
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("mode, projected, backward", [
+    *product(("gru",), (0,), (False, True)), *product(("lstm",), (0, 64), (False, True))
+])  # fmt: skip
+def test_a_norm_is_summed_over_the_same_units_in_every_batch(chip, mode, projected, backward):
+    for hidden in (64, 200, 447, 768, 1000):
+        asked = [
+            plan(
+                mode,
+                hidden,
+                batch,
+                directions,
+                2,
+                backward,
+                **CHIPS[chip],
+                projected=min(projected, hidden),
+                layer_norm=True,
+            )
+            for batch in (0, 1, 8, 9, 16, 100, 5000)
+            for directions in (1, 2)
+        ]
+        assert len({(found["design"], found["splits"], found["units"], found["slices"]) for found in asked}) == 1
+
+
+def test_what_is_asked_of_a_projection():
+    for mode, projected in (("gru", 8), ("lstm", 513)):
+        with pytest.raises(ValueError, match=f"projected must be .*, got {projected}"):
+            plan(mode, projected=projected)
+    narrow, whole = plan(hidden=1000, projected=100), plan(hidden=1000)
+    assert narrow["slices"] < whole["slices"] or narrow["shared_bytes"] < whole["shared_bytes"]
+    assert plan(hidden=2500, projected=500)["design"] != "none" and plan(hidden=2500)["design"] == "none"

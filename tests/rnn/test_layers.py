@@ -8,10 +8,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fused_ops.core.library import define
 from fused_ops.rnn import layers, reference
 from fused_ops.rnn.reference import Static, Tensors
+from tests.rnn import layer_oracle
+from tests.rnn.common import MODES, Case
+from tests.rnn.extras import LENGTHS, RESETS, flat_call, packed
 from tests.rnn.layer_oracle import Layer, backward, forward
 from tests.support import randn, value_and_gradients
 
-MODES = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 _layers: dict[int, Layer] = {}  # by their output's address
 
 
@@ -25,14 +27,14 @@ def _forward(*arguments):
     found = forward(Layer(*layer))
     found = {name: t.clone() if keep or name not in ("c_all", "kept") else t.new_zeros(0) for name, t in found.items()}
     _layers[found["output"].data_ptr()] = Layer(*layer)
-    return tuple(found[name] for name in ("output", "h_n", "c_n", "c_all", "kept"))
+    return tuple(found[name] for name in layer_oracle.FORWARD)
 
 
-def _backward(grad_output, grad_h_n, grad_c_n, grad_c_all, w_hh, h0, c0, *rest):
-    output = rest[8]
+def _backward(grad_output, grad_h_n, grad_c_n, grad_c_all, *rest):
+    output = rest[-5]
     with torch.enable_grad():
         found = backward(_layers[output.data_ptr()], (grad_output, grad_h_n, grad_c_n, grad_c_all))
-    return tuple(found[name].detach().clone() for name in ("slopes", "dh0", "dc0"))
+    return tuple(found[name].detach().clone() for name in layer_oracle.BACKWARD)
 
 
 for _like, _run, _fake in (
@@ -70,7 +72,7 @@ def _check(tensors, params, static):
     values, grads = value_and_gradients(ours, [*tensors, *params])
     exact, exact_grads = value_and_gradients(theirs, [*tensors, *params])
     for got, wanted in zip((*values, *grads), (*exact, *exact_grads), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)  # the projection's op promises float32
+        torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-9)
 
 
 def _variants(tensors: Tensors):
@@ -121,6 +123,19 @@ def test_masks_and_zoneout(mode):
     _check(tensors._replace(zone_h=None, zone_c=None), params, static._replace(**rates))
 
 
+@pytest.mark.parametrize("how", ("padded", "packed"))
+@pytest.mark.parametrize("mode", MODES)
+def test_layer_norm_and_projection_with_every_extra(mode, how):
+    case = Case(mode, hidden=3, layers=2, bidirectional=True, bias=how == "padded", proj=2 if mode == "lstm" else 0)
+    for extras in ({"norm"}, {"norm", "masks", "zones"}, {"norm", "masks", "zoneout"}, {"masks", "zoneout"}):
+        resets = RESETS if how == "padded" else None
+        tensors, params, static = flat_call(case, extras, LENGTHS, resets, all_states=how == "padded")
+        tensors = packed(tensors) if how == "packed" else tensors
+        leaves = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors[:3]]
+        masks = [t if t is None or not t.requires_grad else t.detach() for t in tensors[3:]]
+        _check(Tensors(*leaves, *masks), tuple(p.requires_grad_() for p in params), static)
+
+
 @pytest.mark.parametrize("mode", ("gru", "lstm"))
 def test_second_derivatives(mode):
     tensors, params, static = _call(mode, 1, 1, time=2, batch=1)
@@ -165,27 +180,32 @@ def test_one_graph_serves_every_batch_and_time(mode, shape):
 
 
 @pytest.mark.parametrize("backend", ("triton", "cuda"))
-@pytest.mark.parametrize("packed", (False, True), ids=("padded", "packed"))
+@pytest.mark.parametrize("packs", (False, True), ids=("padded", "packed"))
+@pytest.mark.parametrize("extras", ((), ("norm", "masks", "zoneout")), ids=("plain", "normed"))
 @pytest.mark.parametrize("mode", MODES)
-def test_shapes_on_a_gpu_that_is_not_there(mode, packed, backend):
-    tensors, params, static = _call(mode, 2, 2, all_states=not packed)
+def test_shapes_on_a_gpu_that_is_not_there(mode, extras, packs, backend):
+    case = Case(mode, layers=2, bidirectional=True, proj=4 if mode == "lstm" and extras else 0)
+    tensors, params, static = flat_call(case, extras, LENGTHS, all_states=not packs)
+    tensors = packed(tensors) if packs else tensors
+    shapes = [t.shape for t in reference.sequence(*tensors, *params, *static)]
     with FakeTensorMode():
 
         def fake(t):
-            return torch.empty(t.shape, dtype=torch.bfloat16, device="cuda")
+            dtype = torch.bfloat16 if t.is_floating_point() else t.dtype
+            return torch.empty(t.shape, dtype=dtype, device="cuda")
 
-        states = {name: fake(t) for name in ("h0", "c0") if (t := getattr(tensors, name)) is not None}
-        x, sizes = (torch.empty(7, 3), torch.tensor([3, 2, 1, 1])) if packed else (tensors.input, None)
-        tensors, params = Tensors(fake(x), **states, batch_sizes=sizes), tuple(fake(p) for p in params)
+        there = [t if t is None or t is tensors.batch_sizes else fake(t) for t in tensors]
+        tensors, params = Tensors(*there), tuple(fake(p) for p in params)
+        if packs:
+            tensors = tensors._replace(batch_sizes=torch.tensor(tensors.batch_sizes.tolist()))
         found = layers.sequence(backend, tensors, params, static)
-        shapes = [(*x.shape[:-1], 4), *[(4, 3, 2)] * (1 + static.is_lstm)]
-        shapes += [] if packed else [(4, 4, 3, 2)] * (1 + static.is_lstm)
         assert [t.shape for t in found] == shapes
         assert all(t.dtype == torch.bfloat16 and t.is_cuda for t in found)
         call = (*tensors, *params, *static)
         found, saved = layers._forward(backend, call, keep=True)
         inputs = call[: -len(static)]
-        grads = layers._backward(backend, call, saved, found, tuple(t is not None for t in inputs))
-        for grad, tensor in zip(grads, inputs, strict=True):
-            if tensor is not None and tensor.is_floating_point():
+        needs = [i in (0, 1, 2) or i >= len(tensors) for i in range(len(inputs))]
+        grads = layers._backward(backend, call, saved, found, tuple(needs))
+        for grad, tensor, need in zip(grads, inputs, needs, strict=True):
+            if need and tensor is not None:
                 assert grad.shape == tensor.shape and grad.dtype == tensor.dtype and grad.is_cuda

@@ -61,7 +61,8 @@ def given(layer: Layer, seed: int = 11) -> tuple[torch.Tensor | None, ...]:
 
 
 def run(layer: Layer, grads, kept) -> tuple[torch.Tensor, ...]:
-    return torch.ops.fused_ops.rnn_layer_bwd_cuda(*layer.bwd_arguments(grads, *kept))
+    slopes, _, _, _, dh0, dc0 = torch.ops.fused_ops.rnn_layer_bwd_cuda(*layer.bwd_arguments(grads, *kept))
+    return slopes, dh0, dc0
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -256,7 +257,6 @@ def test_what_it_cannot_serve_is_said():
         with pytest.raises(RuntimeError, match=said):
             run(layer, grads, kept)
 
-    refused("neither mask nor zoneout", Layer(**vars(layer) | {"zoneout_h": 0.5}))
     refused("mode must be", Layer(**vars(layer) | {"mode": "lru"}))
     refused("w_hh has the wrong shape", Layer(**vars(layer) | {"w_hh": layer.w_hh[:, 1:]}))
     refused("only an LSTM has gradients of c", grads=(*grads[:2], grads[1], None))
@@ -268,17 +268,23 @@ def test_what_it_cannot_serve_is_said():
         refused("does not fit", large, given(large), saved(large))
 
 
-# What is replaced in layer_bwd.cuh, and what is said of it. Of the kernels, the half-precision GRU's alone are built.
+# What is replaced in layer_bwd.cuh or layer_bwd_state.cuh, and what is said of it. Of the kernels, the half-precision
+# GRU's alone are built.
 MUTANTS = {
     "nobody waits for the others' slopes": ("exchange.wait(turn);", "", "race: reads shared memory"),
     "sums are read before all warps have left theirs": (
-        "      __syncthreads();\n    }\n    backward.advance", "    }\n    backward.advance", "race: .* shared memory"
+        "      __syncthreads();\n    }\n    if constexpr", "    }\n    if constexpr", "race: .* shared memory"
     ),
     "slopes of one gate meet another's weights": ("(part + 2) % 3", "(part + 1) % 3", "slopes: error"),
-    "what a reset cuts comes through": ("reset = !last && resets(cell, step + 1)", "reset = false", "slopes: error"),
+    "what a reset cuts comes through": ("reset = !last && resets(state, step + 1)", "reset = false", "slopes: error"),
     "units past the last have weights": ("unit >= hidden ||", "", "out of bounds: reads 2 bytes"),
 }  # fmt: skip
 LESS = (
+    (
+        "rnn/layer_bwd.cu",
+        "with_variant(extras.variant(), run)",
+        "run(std::integral_constant<Variant, Variant::plain>{})",
+    ),
     ("common/dtype.h", "case ScalarType::Float: return visit(float{});", ""),
     ("common/dtype.h", "case ScalarType::BFloat16: return visit(__nv_bfloat16{});", ""),
     ("rnn/layer_launch.h", "if (kind == Kind::lstm) visit(std::integral_constant<Kind, Kind::lstm>{});", ""),
@@ -293,7 +299,8 @@ CASE = (
 
 def mutant_library(name, folder):
     old, new, _ = MUTANTS[name]
-    return build_mutant(folder, "rnn/layer_bwd.cu", ("rnn/layer_bwd.cuh", old, new), *LESS)
+    file = "layer_bwd_state.cuh" if "% 3" in old else "layer_bwd.cuh"
+    return build_mutant(folder, "rnn/layer_bwd.cu", (f"rnn/{file}", old, new), *LESS)
 
 
 @pytest.mark.parametrize("name", MUTANTS)

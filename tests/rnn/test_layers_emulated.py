@@ -247,8 +247,6 @@ def test_the_op_as_torch_sees_it():
 def test_what_it_cannot_serve_is_said():
     layer = layer_case("gru", dtype=torch.float16)
     for change, said in (
-        ({"mask": torch.ones(1, 3, 6, dtype=torch.float16)}, "serves neither mask nor zoneout"),
-        ({"zoneout_h": 0.1}, "serves neither mask nor zoneout"),
         ({"mode": "elman"}, "mode must be .*, got elman"),
         ({"steps": 4}, "there must be steps·batch tokens, got 15"),
         ({"h0": layer.h0[:, :2]}, "there must be steps·batch tokens"),
@@ -285,7 +283,7 @@ MUTANTS = {
         r"race: reads shared memory|which nobody has written",
     ),
     "a reset forgets to reach the others": (
-        "layer_fwd.cuh", "cell.reset ? 0.0f : cell.h", "cell.h", "AssertionError: error"
+        "layer_fwd.cuh", "state.reset ? 0.0f : state.h", "state.h", "AssertionError: error"
     ),
     "a row that has ended goes on": (
         "layer_fwd.cuh", "if (!cell.there || step >= cell.length) continue;\n      float product",
@@ -294,10 +292,11 @@ MUTANTS = {
 }  # fmt: skip
 # The mutants' library holds one of the kernels: it compiles in a fraction of the time.
 ONE_KIND = tuple(
-    ("rnn/layer_fwd.cu", old, f"[](auto visit) {{ visit({only}); }}([&]")
-    for old, only in (
-        ('dispatch_float(dtype, "rnn_layer_fwd", [&]', "__half{}"),
-        ("with_kind(kind, [&]", "std::integral_constant<Kind, Kind::gru>{}"),
+    (f"rnn/{file}", old, f"[](auto visit) {{ visit({only}); }}({then}")
+    for file, old, only, then in (
+        ("layer_fwd.cu", 'dispatch_float(dtype, "rnn_layer_fwd", [&]', "__half{}", "[&]"),
+        ("layer_fwd.cu", "with_variant(extras.variant(), ", "std::integral_constant<Variant, Variant::plain>{}", ""),
+        ("layer_fwd_launch.h", "with_kind(kind, ", "std::integral_constant<Kind, Kind::gru>{}", ""),
     )
 )
 CASE = "from tests.rnn.test_layers_emulated import check_both_designs; check_both_designs()"

@@ -24,31 +24,35 @@ EXTRAS = {
     "packed and masked": {"time": 5, "lengths": [5, 4, 2], "packed": True, "directions": 2, "mask": True},
     "zoneout": {"time": 4, "batch": 17, "zoneout": "masks", "resets": True},
     "expected zoneout": {"time": 4, "zoneout": 0.3},
+    "normed": {"time": 5, "batch": 4, "lengths": [3, 0, 5, 1], "resets": True, "directions": 2, "norm": True},
+    "normed and zoned": {"time": 4, "batch": 17, "norm": True, "bias": False, "zoneout": "masks", "mask": True},
+}
+PROJECTED = {
+    "projected": {"time": 5, "lengths": [5, 4, 2], "packed": True, "directions": 2},
+    "projected and normed": {"time": 4, "batch": 17, "norm": True, "zoneout": 0.2, "mask": True, "resets": True},
 }
 
 
 def run(backend, layer, grads):
-    forward, backward = (f"rnn_layer_{name}_{backend}" for name in ("fwd", "bwd"))
-    found = dict(
-        zip(
-            ("output", "h_n", "c_n", "c_all", "kept"),
-            getattr(torch.ops.fused_ops, forward)(*layer.fwd_arguments()),
-            strict=True,
-        )
-    )
-    arguments = layer.bwd_arguments(grads, found["output"], found["c_all"], found["kept"])
-    back = getattr(torch.ops.fused_ops, backward)(*arguments)
-    return found | dict(zip(("slopes", "dh0", "dc0"), back, strict=True))
+    forward, backward = (getattr(torch.ops.fused_ops, f"rnn_layer_{name}_{backend}") for name in ("fwd", "bwd"))
+    found = dict(zip(layer_oracle.FORWARD, forward(*layer.fwd_arguments()), strict=True))
+    hats = [None] * 4
+    if layer.norm_hh is not None:
+        device = layer.gi.device
+        here = layer.to(layer.w_hh.dtype)
+        hats = [h if h is None else h.to(device) for h in layer_oracle.hats(layer_oracle.forward(here), here)]
+    arguments = layer.bwd_arguments(grads, found["output"], found["c_all"], found["kept"], hats)
+    return found | dict(zip(layer_oracle.BACKWARD, backward(*arguments), strict=True))
 
 
 def truth(layer, grads):
     with torch.enable_grad():
         found = layer_oracle.forward(layer) | layer_oracle.backward(layer, grads)
-    return {name: value.detach() for name, value in found.items()}
+    return {name: found[name].detach() for name in (*layer_oracle.FORWARD, *layer_oracle.BACKWARD)}
 
 
-def check(backend, mode, hidden, case, dtype):
-    layer = layer_case(mode, hidden=hidden, dtype=dtype, **(CASES | EXTRAS)[case])
+def check(backend, mode, hidden, case, dtype, states=None):
+    layer = layer_case(mode, hidden=hidden, dtype=dtype, states=states, **(CASES | EXTRAS | PROJECTED)[case])
     grads, places = random_grads(layer), layer.places()
     found = run(backend, layer.to(dtype, "cuda"), [g if g is None else g.cuda() for g in grads])
     exact = truth(layer.to(torch.float64), [g if g is None else g.double() for g in grads])
@@ -57,7 +61,7 @@ def check(backend, mode, hidden, case, dtype):
         value, wanted, peer = value.cpu(), exact[name], own[name].to(value.dtype)
         if name in ("c_all", "kept") and value.numel():
             value, wanted, peer = (t[:, places] for t in (value, wanted, peer))
-        factor = 3.0 if name in ("slopes", "dh0", "dc0") else 2.0
+        factor = 3.0 if name in layer_oracle.BACKWARD else 2.0
         ulps = 2.0**14 if backend == "cuda" and dtype == torch.float32 else 4.0  # it multiplies in TF32
         assert_accurate(value, wanted, peer, factor=factor, terms=hidden, ulps=ulps)
 
@@ -84,6 +88,21 @@ def test_every_case(backend, mode, hidden, case):
 @pytest.mark.parametrize("backend", TRITON)
 def test_every_extra(backend, mode, hidden, case):
     check(backend, mode, hidden, case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("case", PROJECTED)
+@pytest.mark.parametrize("hidden, states", ((23, 7), (64, 32), (320, 160), (1100, 33)))
+@pytest.mark.parametrize("backend", TRITON)
+def test_projected_states(backend, hidden, states, case, dtype):
+    check(backend, "lstm", hidden, case, dtype, states)
+
+
+@pytest.mark.parametrize("hidden", (23, 64, 1100))
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", TRITON)
+def test_norms_in_float32(backend, mode, hidden):
+    check(backend, mode, hidden, "normed", torch.float32)
 
 
 @pytest.mark.parametrize("hidden", (128, 320, 700))

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from fused_ops.core.device import TRITON_INTERPRETED
-from fused_ops.rnn import layers, reference
-from fused_ops.rnn.reference import Static, Tensors
+from fused_ops.rnn import layers
 from tests.rnn import layer_oracle
+from tests.rnn.gpu_sequences import check_extras
 from tests.rnn.layer_oracle import layer_case, random_grads
-from tests.support import assert_accurate, leaves, noncontiguous, randn, value_and_gradients
+from tests.support import assert_accurate, noncontiguous, randn
 
 pytestmark = [
     pytest.mark.skipif(not TRITON_INTERPRETED, reason="needs TRITON_INTERPRET=1"),
@@ -22,12 +22,22 @@ pytestmark = [
 MODES = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 DESIGNS = ("fused", "steps")
 VARLEN = {"time": 3, "lengths": [2, 0, 3], "resets": True, "directions": 2}
+PACKED = {"time": 3, "lengths": [3, 2, 2], "packed": True}
 CASES = {
     "plain": {"time": 2, "bias": False},
     "lengths and resets": VARLEN,
-    "packed": {"time": 3, "lengths": [3, 2, 2], "packed": True, "directions": 2, "mask": True},
+    "packed": PACKED | {"directions": 2, "mask": True},
     "zoneout": VARLEN | {"zoneout": "masks", "mask": True},
     "expected zoneout": VARLEN | {"zoneout": 0.3, "directions": 1},
+}
+NORM_CASES = {
+    "norms": VARLEN | {"norm": True},
+    "norms and masks": VARLEN | {"norm": True, "bias": False, "zoneout": "masks", "mask": True, "directions": 1},
+}
+LSTM_CASES = {
+    "projected": VARLEN | {"states": 3},
+    "projected and masked": VARLEN | {"states": 3, "zoneout": "masks", "mask": True},
+    "projected and normed": PACKED | {"norm": True, "states": 4, "zoneout": 0.3},
 }
 
 
@@ -37,33 +47,40 @@ def kernels():
     return triton_layers
 
 
-def small_plan(design: str, rows: int = 4):
-    """`plan`, but for a layer of six units with more than one tile."""
-    if design == "fused":
-        return lambda *_: kernels().Plan(True, {"BLOCK_B": rows, "BLOCK_H": 16}, 4, 1)
-    return lambda *_: kernels().Plan(False, {"BLOCK_B": rows, "BLOCK_U": 4, "BLOCK_K": 16}, 4, 1)
+def use(module, design: str, monkeypatch, rows: int = 4) -> None:
+    """Plans `module` for a layer of six units to have more than one tile."""
+
+    def plan(is_fused: bool, **blocks: int):
+        return lambda *_: module.Plan(is_fused, blocks, 4, 1)
+
+    tiles = {"BLOCK_B": rows, "BLOCK_U": 4, "BLOCK_K": 16}
+    fused = plan(True, BLOCK_B=rows, BLOCK_H=16, BLOCK_P=16)
+    monkeypatch.setattr(module, "plan", fused if design == "fused" else plan(False, **tiles))
+    monkeypatch.setattr(module, "plan_product", plan(False, **tiles))
+    monkeypatch.setattr(module, "plan_rows", plan(False, BLOCK=4))
 
 
 @pytest.fixture(params=DESIGNS)
 def design(request, monkeypatch):
-    monkeypatch.setattr(kernels(), "plan", small_plan(request.param))
+    use(kernels(), request.param, monkeypatch)
     return request.param
 
 
 def run(layer, grads=None, module=None):
     """The op's results by name, and those of its backward where `grads` are given."""
     module = module or kernels()
-    found = dict(zip(("output", "h_n", "c_n", "c_all", "kept"), module.rnn_layer_fwd(*layer.fwd_arguments())))
+    found = dict(zip(layer_oracle.FORWARD, module.rnn_layer_fwd(*layer.fwd_arguments()), strict=True))
     if grads is not None:
-        arguments = layer.bwd_arguments(grads, found["output"], found["c_all"], found["kept"])
-        found |= zip(("slopes", "dh0", "dc0"), module.rnn_layer_bwd(*arguments))
+        hats = layer_oracle.hats(layer_oracle.forward(layer), layer) if layer.norm_hh is not None else (None,) * 4
+        arguments = layer.bwd_arguments(grads, found["output"], found["c_all"], found["kept"], hats)
+        found |= zip(layer_oracle.BACKWARD, module.rnn_layer_bwd(*arguments), strict=True)
     return found
 
 
 def truth(layer, grads):
     with torch.enable_grad():
         found = layer_oracle.forward(layer) | layer_oracle.backward(layer, grads)
-    return {name: value.detach() for name, value in found.items()}
+    return {name: found[name].detach() for name in (*layer_oracle.FORWARD, *layer_oracle.BACKWARD)}
 
 
 def check(layer, grads=None, module=None):
@@ -76,7 +93,7 @@ def check(layer, grads=None, module=None):
         wanted, peer = exact[name], own[name].to(value.dtype)
         if name in ("c_all", "kept") and value.numel():
             value, wanted, peer = (t[:, places] for t in (value, wanted, peer))
-        factor = 3.0 if name in ("slopes", "dh0", "dc0") else 2.0
+        factor = 3.0 if name in layer_oracle.BACKWARD else 2.0
         assert_accurate(value, wanted, peer, factor=factor, terms=layer.h0.size(-1))
     return found
 
@@ -87,9 +104,25 @@ def test_values_and_gradients(mode, case, design):
     check(layer_case(mode, **CASES[case]))
 
 
+@pytest.mark.parametrize("mode, case", [("rnn_relu", "norms"), ("gru", "norms and masks"), ("lstm", "norms and masks")])
+def test_normed_values_and_gradients(mode, case, design):
+    check(layer_case(mode, **NORM_CASES[case]))
+
+
+@pytest.mark.parametrize("case", LSTM_CASES)
+def test_projected_values_and_gradients(case, design):
+    check(layer_case("lstm", **LSTM_CASES[case]))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_half_precision(mode, design):
     check(layer_case(mode, dtype=torch.float16, **VARLEN))
+
+
+@pytest.mark.parametrize("mode", ("rnn_relu", "gru", "lstm"))
+def test_norms_in_half_precision(mode, design):
+    states = 5 if mode == "lstm" else None
+    check(layer_case(mode, dtype=torch.float16, time=3, lengths=[2, 0, 3], norm=True, states=states))
 
 
 @pytest.mark.parametrize("mode", ("rnn_tanh", "rnn_relu"))
@@ -110,7 +143,7 @@ def test_one_step_of_one_unit(mode, design):
 
 @pytest.mark.parametrize("mode", ("gru", "lstm"))
 def test_a_row_alone_is_what_it_is_in_a_batch(mode, design, monkeypatch):
-    monkeypatch.setattr(kernels(), "plan", small_plan(design, rows=2))
+    use(kernels(), design, monkeypatch, rows=2)
     layer = layer_case(mode, time=2, batch=3)
     grads, hidden = random_grads(layer), layer.h0.size(-1)
     whole = check(layer, grads)
@@ -161,6 +194,10 @@ def test_nothing_to_do():
         layer = layer_case(mode, batch=0)
         found = run(layer, random_grads(layer))
         assert found["output"].shape == (0, 6) and found["slopes"].numel() == 0
+        layer = layer_case(mode, time=0)
+        grads = random_grads(layer)
+        found = run(layer, grads)
+        assert torch.equal(found["h_n"], layer.h0) and torch.equal(found["dh0"], grads[1])
         layer = layer_case(mode, lengths=[0, 0, 0])
         found = run(layer, random_grads(layer))
         assert torch.equal(found["h_n"], layer.h0) and not found["output"].any() and not found["slopes"].any()
@@ -178,46 +215,42 @@ def test_projection(dtype):
     assert project(randn(0, 3), randn(4, 3), None).shape == (0, 4)
 
 
-@pytest.mark.parametrize("mode", ("gru", "lstm"))
-def test_a_whole_call(mode):
-    """Two layers, both directions, all states, through the driver."""
-    static = Static(mode, True, 2, True, True)
-    rows, lstm = static.gates * 4, mode == "lstm"
-    states = [randn(4, 2, 4, seed=i, requires_grad=True) for i in (1, 2)]
-    params = [
-        randn(*shape, seed=9 + cell, requires_grad=True)
-        for cell in range(4)
-        for shape in ((rows, 3 if cell < 2 else 8), (rows, 4), (rows,), (rows,))
-    ]
-    x = randn(3, 2, 3, seed=5, requires_grad=True)
-    tensors = Tensors(x, states[0], states[1] if lstm else None, torch.tensor([3, 1]))
-    head = len(tensors)
-
-    def call(backend):
-        def maths(*inputs):
-            if backend == "reference":
-                return reference.sequence(*inputs, *static)
-            return layers.sequence(backend, Tensors(*inputs[:head]), inputs[head:], static)
-
-        dtype = torch.float64 if backend == "reference" else None
-        values, grads = value_and_gradients(maths, leaves(*tensors, *params, dtype=dtype))
-        return [*values, *grads]
-
-    for found, exact in zip(call("triton"), call("reference"), strict=True):
-        assert_accurate(found, exact, factor=3.0, terms=64)
+WHOLE = {
+    "plain": ("gru", set(), torch.float32),
+    "normed": ("rnn_relu", {"norm", "zoneout"}, torch.float32),
+    "projected": ("lstm", {"masks", "zones"}, torch.float16),
+    "everything": ("lstm", {"norm", "masks", "zones"}, torch.float32),
+    "everything in a half type": ("gru", {"norm", "masks", "zoneout"}, torch.float16),
+}
 
 
-def test_the_ops():
-    layer = layer_case("lstm", time=2, directions=2)
+@pytest.mark.parametrize("what", WHOLE)
+def test_a_whole_call(what):
+    """Two layers, both directions, through the driver."""
+    mode, extras, dtype = WHOLE[what]
+    check_extras("triton", mode, extras, dtype, "cpu", packs=what == "projected")
+
+
+@pytest.mark.parametrize("case", ({}, {"norm": True, "states": 3}), ids=("plain", "projected and normed"))
+def test_the_ops(case):
+    layer = layer_case("lstm", time=2, directions=2, **case)
     grads = random_grads(layer)
+    hats = layer_oracle.hats(layer_oracle.forward(layer), layer)
     forward, backward = torch.ops.fused_ops.rnn_layer_fwd_triton, torch.ops.fused_ops.rnn_layer_bwd_triton
     output, _, _, c_all, kept = forward(*layer.fwd_arguments())
     for op, arguments in (
         (forward, layer.fwd_arguments()),
-        (backward, layer.bwd_arguments(grads, output, c_all, kept)),
+        (backward, layer.bwd_arguments(grads, output, c_all, kept, hats)),
         (torch.ops.fused_ops.rnn_project_triton, (randn(3, 5), randn(4, 5), None)),
     ):
         torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_what_an_rnn_keeps_of_an_expected_zoneout():
+    arguments = layer_case("rnn_relu", zoneout=0.3).fwd_arguments()
+    forward = torch.ops.fused_ops.rnn_layer_fwd_triton
+    assert forward(*arguments)[-1].shape == (1, 15, 1, 6)
+    torch.library.opcheck(forward.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 # Name: mode, design, case, what is replaced, by what.
@@ -228,16 +261,17 @@ MUTANTS = {
         "gru", "fused", "lengths and resets", "b_len - 1 - i_s", "tl.max(b_len) - 1 - i_s"
     ),
     "rows that have ended go on": (
-        "lstm", "fused", "lengths and resets", "tl.where(m_state, b_new_c, b_c)", "b_new_c"
+        "lstm", "fused", "lengths and resets", "tl.where(m_cell, b_new_c, b_c)", "b_new_c"
     ),
     "a reset spares c": ("lstm", "fused", "lengths and resets", "tl.where(b_reset[:, None], 0.0, b_c)", "b_c"),
     "a reset lets gradients through": (
         "gru", "fused", "lengths and resets", "b_new = tl.where(b_reset[:, None], 0.0, b_new)", "b_new = b_new"
     ),
     "a reset lets gradients through, step by step": (
-        "rnn_tanh", "steps", "lengths and resets", "m_after &= ~reset_at", "m_after &= m_after | reset_at"
+        "rnn_tanh", "steps", "lengths and resets", "~reset_at(p_resets, b_time, m_after, o_row, batch)\n    p_after",
+        "m_after\n    p_after",
     ),
-    "slopes meet the wrong gates": ("gru", "fused", "plain", "= 2 if MODE", "= 0 if MODE"),
+    "slopes meet the wrong gates": ("gru", "fused", "plain", "= b_slopes[1], b_slopes[2], b_slopes[0]", "= b_slopes"),
     "slopes meet the wrong gates, step by step": (
         "gru", "steps", "plain", "o_slope + 2 * hidden, o_slope - hidden", "o_slope, o_slope"
     ),
@@ -246,11 +280,26 @@ MUTANTS = {
         "lstm", "steps", "plain", "(i_d * tokens + b_before) * hidden", "(i_d * tokens + b_token) * hidden"
     ),
     "the last gradient comes at the longest's end": (
-        "lstm", "steps", "lengths and resets", "m_row & (i_s + 1 == b_len)[:, None]", "m_row & (i_s + 1 == steps)"
+        "lstm", "steps", "lengths and resets", "m_ends = m_row & (i_s + 1 == b_len)[:, None]",
+        "m_ends = m_row & (i_s + 1 == tl.max(b_len))"
     ),
     "the mask is left out of the gradient": ("lstm", "fused", "zoneout", "b_into *= b_mask", "b_into *= b_into"),
     "the old state's share is lost": (
         "rnn_tanh", "fused", "expected zoneout", "* b_d, zoneout * b_d", "* b_d, tl.zeros_like(b_d)"
+    ),
+    "a norm's slope keeps its mean": ("rnn_tanh", "fused", "norms", "b_d[i] - b_mean[:, None]", "b_d[i]"),
+    "norms meet the wrong gates": ("gru", "fused", "norms", "= 1 if MODE", "= 0 if MODE"),
+    "a row's mean is its last tile's": ("gru", "steps", "norms", "b_sum_hat += summed", "b_sum_hat = summed"),
+    "a row's variance is its last tile's": (
+        "lstm", "steps", "norms", "b_squares += squares(t", "b_squares = squares(t"
+    ),
+    "c's norm has no slope": ("lstm", "fused", "norms", "b_d, b_hat = b_into * b_norm[0]", "b_d, b_hat = b_into * 0.0"),
+    "a projected state forgets its zoneout": (
+        "lstm", "fused", "projected and masked", "b_passed = b_past", "b_passed = 0 * b_past"
+    ),
+    "W_hr is left out step by step": (
+        "lstm", "steps", "projected and masked", "b_w = tl.load(p_tile, mask=m_k[:, None] & m_unit",
+        "b_w = 1 + 0 * tl.load(p_tile, mask=m_k[:, None] & m_unit",
     ),
 }  # fmt: skip
 
@@ -274,6 +323,6 @@ def test_a_wrong_kernel_is_caught(name, tmp_path, monkeypatch):
     mode, design, case, old, new = MUTANTS[name]
     monkeypatch.syspath_prepend(tmp_path)
     wrong = mutant(tmp_path, name, old, new)
-    monkeypatch.setattr(wrong, "plan", small_plan(design))
+    use(wrong, design, monkeypatch)
     with pytest.raises(AssertionError, match="error"):
-        check(layer_case(mode, **CASES[case]), module=wrong)
+        check(layer_case(mode, **(CASES | NORM_CASES | LSTM_CASES)[case]), module=wrong)

@@ -6,7 +6,7 @@ import torch
 import fused_ops
 from tests.emulation import capability, needs_emulator
 from tests.rnn.common import MODES, Case
-from tests.rnn.gpu_sequences import WHAT, check, check_a_row_alone, check_packed
+from tests.rnn.gpu_sequences import WHAT, check, check_a_row_alone, check_extras, check_packed
 
 pytestmark = needs_emulator
 
@@ -15,6 +15,12 @@ pytestmark = needs_emulator
 @pytest.mark.parametrize("mode, dtype", list(zip(MODES, (torch.bfloat16, torch.float16) * 2)), ids=str)
 def test_values_and_gradients(mode, dtype, what):
     check("cuda", mode, dtype, what, "cpu")
+
+
+@pytest.mark.parametrize("extras", (("norm",), ("masks", "zoneout"), ("masks", "norm", "zones")), ids="+".join)
+@pytest.mark.parametrize("mode, dtype", list(zip(MODES, (torch.float16, torch.bfloat16) * 2)), ids=str)
+def test_extras(mode, dtype, extras):
+    check_extras("cuda", mode, extras, dtype, "cpu", packs="zones" in extras)
 
 
 @pytest.mark.parametrize("chip", (80, 90))
@@ -50,12 +56,13 @@ def test_it_is_taken_by_name_only_and_says_what_it_cannot_serve():
     for case, keywords, said in (
         (Case("lstm", dtype=torch.float32), {}, "TF32"),
         (Case("lstm", dtype=torch.float64), {}, "takes float32, float16 and bfloat16"),
-        (Case("lstm", dtype=torch.float16, proj=3), {}, "projection"),
-        (half, {"zoneout": 0.2}, "neither zoneout"),
+        (Case("lstm", 1, 1, 1, 4000, dtype=torch.float16, proj=2000), {}, "hidden size 4000"),
         (Case("lstm", 1, 1, 1, 3000, dtype=torch.float16), {}, "hidden size 3000"),
     ):
         _, verdict, reason = explained(case, backend="cuda", **keywords)
         assert verdict == "refused" and said in reason
+    for served in ({"proj": 3}, {}):
+        assert explained(Case("lstm", dtype=torch.float16, **served), backend="cuda", zoneout=0.2)[1] == "chosen"
     outer = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
