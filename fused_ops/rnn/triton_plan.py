@@ -49,14 +49,14 @@ _FUSED_WARPS = {
     ("gru", "ieee"): {16: (4, 4)},
     ("lstm", "ieee"): {16: (4, 4)},
 }
-# The same with layer norms or a projected h.
-_FUSED_WARPS_MORE = {
+# The same with layer norms. The LSTM's in TF32 spill at every size.
+_NORMED_WARPS = {
     ("rnn", "half"): {16: (4, 4), 32: (4, 4), 64: (8, 8), 128: (8, 8), 256: (8, 0)},
     ("gru", "half"): {16: (4, 4), 32: (8, 8), 64: (8, 8)},
     ("lstm", "half"): {16: (8, 8), 32: (8, 0), 64: (8, 0)},
     ("rnn", "tf32"): {16: (4, 4), 32: (4, 4), 64: (8, 8), 128: (8, 0)},
     ("gru", "tf32"): {16: (4, 4), 32: (8, 8), 64: (8, 0)},
-    ("lstm", "tf32"): {16: (4, 4), 32: (8, 0)},
+    ("lstm", "tf32"): {},
     ("rnn", "ieee"): {16: (4, 4), 32: (8, 8)},
     ("gru", "ieee"): {16: (8, 8)},
     ("lstm", "ieee"): {16: (8, 8)},
@@ -81,9 +81,9 @@ def plan(
     """
     block, aligned = _block(hidden), hidden % 16 == 0 and (states or 0) % 16 == 0
     gates, itemsize = GATES[mode], 2 if dtype == "half" else 4
-    table = _FUSED_WARPS_MORE if is_normed or states is not None else _FUSED_WARPS
+    table = _NORMED_WARPS if is_normed else _FUSED_WARPS
     warps = table[mode.split("_")[0], dtype].get(block, (0, 0))[0 if aligned else 1]
-    if states is not None and _block(states) > block:
+    if states is not None and (block == 128 or _block(states) > block):
         warps = 0
     # Here registers are just enough.
     if gates > 1 and block == 128 and (has_extras or (mode == "lstm" and is_backward and chip != (9, 0))):
