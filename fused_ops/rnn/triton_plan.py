@@ -83,7 +83,7 @@ def plan(
     gates, itemsize = GATES[mode], 2 if dtype == "half" else 4
     table = _NORMED_WARPS if is_normed else _FUSED_WARPS
     warps = table[mode.split("_")[0], dtype].get(block, (0, 0))[0 if aligned else 1]
-    if states is not None and (block == 128 or _block(states) > block):
+    if states is not None and (block == 128 or _block(states) > block or (dtype == "tf32" and not aligned)):
         warps = 0
     # Here registers are just enough.
     if gates > 1 and block == 128 and (has_extras or (mode == "lstm" and is_backward and chip != (9, 0))):
@@ -100,7 +100,7 @@ def plan(
         blocks = {"BLOCK_B": 16, "BLOCK_H": block, "BLOCK_P": block if states is None else _block(states)}
         return Plan(True, blocks, warps, 1, registers)
     if dtype == "ieee":
-        return Plan(False, {"BLOCK_B": 16, "BLOCK_U": 16, "BLOCK_K": 16}, 4, 3)
+        return Plan(False, {"BLOCK_B": 16, "BLOCK_U": 16, "BLOCK_K": 16}, 4, 3, 255)
     # Elements of other sizes are moved one by one, each with an address in a register: half the tile.
     block_k = (128 if aligned else 64) // itemsize
     return Plan(False, {"BLOCK_B": 32, "BLOCK_U": 16, "BLOCK_K": block_k}, 4, 3, 255)
@@ -109,7 +109,7 @@ def plan(
 def plan_product(dtype: str, aligned: bool) -> Plan:
     """The GEMMs that a step takes beside it where there are norms or a W_hr. aligned: all sizes are multiples of 16."""
     if dtype == "ieee":
-        return Plan(False, {"BLOCK_B": 16, "BLOCK_U": 16, "BLOCK_K": 16}, 4, 3)
+        return Plan(False, {"BLOCK_B": 16, "BLOCK_U": 16, "BLOCK_K": 16}, 4, 3, 255)
     block_k = (128 if aligned else 64) // (2 if dtype == "half" else 4)
     return Plan(False, {"BLOCK_B": 32, "BLOCK_U": 32, "BLOCK_K": block_k}, 4, 3)
 
