@@ -38,11 +38,16 @@ SHORT = (
     (2, 128),
 )
 LONG = ((64, 8, 256), (64, 32, 64), (64, 32, 256), (64, 128, 256), (16, 128, 64), (16, 1, 1024), (32, 1, 1024))
-# (op, time, batch, inputs = hidden); a cell has one step, packed rows have evenly from `time` to half of it.
+OTHER = ((1, 1, 64), (8, 1, 64), (64, 1, 64), (8, 8, 128), (64, 8, 128), (8, 32, 256))
+LARGE = ((64, 8, 256), (64, 32, 256), (64, 32, 512))  # minutes in float16
+# (op, time, batch, inputs = hidden); a cell has one step, packed rows have evenly from `time` to half of it, and a
+# projected state has half of hidden.
 ONE_THREAD = (
     *((op, steps, batch, hidden) for op in KINDS for hidden in SIZES for steps, batch in SHORT),
     *((op, *shape) for op in KINDS for shape in LONG),
     *((f"{op}_cell", 1, batch, hidden) for op in KINDS for hidden in SIZES for batch in (1, 8, 32, 128, 300)),
+    *((f"{op} float16", *shape) for op in KINDS for shape in OTHER),
+    *((op, *shape) for op in (*(f"{op} bfloat16" for op in KINDS), "lstm projected") for shape in OTHER + LARGE),
 )
 ALL_THREADS = (
     *((op, 64, batch, hidden) for op in KINDS for batch, hidden in ((1, 64), (8, 128), (32, 512))),
@@ -55,10 +60,13 @@ MEMORY = (*((op, 64, 32, 512) for op in KINDS), ("lstm", 500, 16, 64))
 def calls(op: str, steps: int, batch: int, hidden: int, training: bool) -> dict[str, Callable[[], object]]:
     """{"fused", "torch"}: a forward, or a forward and its backward by the input and all parameters."""
     kind, packed = op.split()[0].removesuffix("_cell"), op.endswith("packed")
-    module = (getattr(nn, f"{KINDS[kind].__name__}Cell") if op.endswith("_cell") else KINDS[kind])(hidden, hidden)
-    fused = getattr(fused_ops.nn, type(module).__name__)(hidden, hidden)
+    settings = {"proj_size": hidden // 2} if op.endswith("projected") else {}
+    settings["dtype"] = getattr(torch, op.split()[1]) if op.endswith("float16") else torch.float32
+    cls = getattr(nn, f"{KINDS[kind].__name__}Cell") if op.endswith("_cell") else KINDS[kind]
+    module = cls(hidden, hidden, **settings)
+    fused = getattr(fused_ops.nn, cls.__name__)(hidden, hidden, **settings)
     fused.load_state_dict(module.state_dict())
-    x = torch.randn(batch, hidden) if op.endswith("_cell") else torch.randn(steps, batch, hidden)
+    x = torch.randn(*((batch,) if op.endswith("_cell") else (steps, batch)), hidden, dtype=settings["dtype"])
     if packed:
         x = pack_padded_sequence(x, torch.linspace(steps, steps // 2, batch).long())
     data = x.data if packed else x

@@ -23,7 +23,10 @@ _MANY_ROWS = (
     "is bitwise independent of the batch, but no faster than oneDNN's forward for so many rows"
     " (bench/results/cpu/rnn_cpu.json)"
 )
-_UNMEASURED = "has not been measured against torch's own op in half types or with a projected state"
+_BFLOAT16 = (
+    "is bitwise independent of the batch, but multiplies in float32, where torch's own products of bfloat16 are faster"
+    " (bench/results/cpu/rnn_cpu.json)"
+)
 _NO_GPU_YET = "has not been measured against cuDNN"
 _VARIANT = "torch's own, where a row's result may depend on its batch"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -46,14 +49,19 @@ def _cpu_worthwhile(tensors: Tensors, params: tuple, static: Static, dropout: fl
         return _NOT_MEASURED
     if not reference.torch_has_it(tensors, static):
         return None
-    if tensors.input.dtype != torch.float32 or reference.projected(params, static):
-        return _UNMEASURED
-    if tensors.lengths is not None:
+    bfloat16 = tensors.input.dtype == torch.bfloat16
+    if bfloat16 and static.is_lstm:
+        return _BFLOAT16
+    if tensors.lengths is not None and tensors.input.dtype == torch.float32:
         return None
     if torch.compiler.is_compiling():  # no guard on a size; a compiled reference runs forward again in its backward
         return None
     batch, hidden = tensors.h0.shape[1:]
     time = (tensors.input if tensors.batch_sizes is None else tensors.batch_sizes).size(0)
+    if bfloat16 and batch * hidden > 32 * 256:
+        return _BFLOAT16
+    if tensors.input.dtype != torch.float32 or reference.projected(params, static):
+        return None if time >= 8 else _TOO_SHORT
     trains = _differentiates(tensors.input, tensors.h0, tensors.c0, *params)
     if static.is_lstm:
         if tensors.batch_sizes is None and batch >= 32 and not trains:

@@ -333,9 +333,26 @@ def test_auto_takes_it_where_it_is_not_slower():
     assert fused_ops.explain(call, "gru_cell", *inputs("gru_cell", 9, 4, 64, dtype=torch.float32)).chosen == "reference"
 
 
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="needs AVX2")
+@pytest.mark.parametrize(
+    "case, chosen",
+    (
+        (Case("lstm", time=8, dtype=torch.float16), "cpu"),
+        (Case("gru", time=8, dtype=torch.bfloat16), "cpu"),
+        (Case("gru", time=7, dtype=torch.bfloat16), "reference"),
+        (Case("rnn_tanh", time=8, batch=33, hidden=256, dtype=torch.bfloat16), "reference"),
+        (Case("lstm", time=8, dtype=torch.bfloat16), "reference"),
+        (Case("lstm", time=8, proj=2, dtype=torch.float32), "cpu"),
+        (Case("lstm", time=7, proj=2, dtype=torch.float32), "reference"),
+    ),
+    ids=str,
+)
+def test_auto_takes_half_types_and_projected_states_where_torch_is_slower(case, chosen):
+    assert fused_ops.explain(case.flat, *case.tensors()).chosen == chosen
+
+
 def test_what_it_does_not_serve_is_refused_with_a_reason():
     double = Case("lstm")
     with pytest.raises(fused_ops.BackendUnavailable, match="takes float32, float16 and bfloat16"):
         double.flat(*double.tensors(), backend="cpu")
-    for case in (double, Case("lstm", proj=2, dtype=torch.float32), Case("gru", dtype=torch.bfloat16)):
-        assert fused_ops.explain(case.flat, *case.tensors()).chosen == "reference"
+    assert fused_ops.explain(double.flat, *double.tensors()).chosen == "reference"
