@@ -5,12 +5,15 @@ and an epilogue; its numbers are milliseconds (20th percentile) of F.conv2d and 
 backend="cpu", and the ratio. The eager epilogue is F.batch_norm for scale and shift, as in a network that runs its
 modules one by one. `chains` are 1x1 convolutions with a batch norm and ReLU6 as the modules run them, down to the
 smallest: eager is PyTorch's three modules, cpu the backend's conv_bn_act2d alone, both in CPU time on one thread, which
-a neighbour hardly disturbs. `--chains` measures these and keeps the rows.
+a neighbour hardly disturbs. `chains_channels_last` are the same in channels_last, where cpu is the C++ kernel, which
+reads the weights as they are, and onednn the other way to serve them: oneDNN on weights kept between calls. `--chains`
+measures the chains and keeps the rows.
 """
 
 import argparse
 import itertools
 import json
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +23,7 @@ import fused_ops
 from bench.machine import RESULTS, line
 from bench.measure.decode_cpu import cpu_microseconds
 from bench.timing import measure
-from fused_ops.conv import op
+from fused_ops.conv import op, reference
 from tests.support import randn
 
 # name: batch, channels, out_channels, size, kernel, stride, groups
@@ -60,6 +63,11 @@ CHAINS = (
     (2, 1152, 192, 7),
     (1, 480, 80, 14),
 )
+CHAINS_LAST = tuple(
+    (1, *channels, size)
+    for channels in ((16, 96), (96, 24), (64, 64), (64, 256), (256, 64), (256, 1024), (1024, 256), (512, 2048))
+    for size in (1, 2, 3, 7, 14, 28, 56)
+)
 
 
 def row(name: str, layout: str, epilogue: str) -> dict:
@@ -92,17 +100,20 @@ def row(name: str, layout: str, epilogue: str) -> dict:
     return {**place, **times, "ratio": ratio, "disturbed": found.disturbed}
 
 
-def chain(batch: int, channels: int, out_channels: int, size: int) -> dict:
+def chain(batch: int, channels: int, out_channels: int, size: int, last: bool) -> dict:
     conv, norm = nn.Conv2d(channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
-    eager, x = nn.Sequential(conv, norm, nn.ReLU6(inplace=True)).eval(), randn(batch, channels, size, size)
-    place = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
-
-    def ours():
-        return op.conv_bn_act2d_cpu(x, conv.weight, None, *place, *statistics, None, "relu6")
-
-    torch.testing.assert_close(ours(), eager(x), atol=1e-3, rtol=1e-3)
-    found = cpu_microseconds({"eager": lambda: eager(x), "cpu": ours}, 0.1)
+    layout = torch.channels_last if last else torch.contiguous_format
+    eager = nn.Sequential(conv, norm, nn.ReLU6(inplace=True)).eval().to(memory_format=layout)
+    x = torch.empty(batch, channels, size, size, memory_format=layout).copy_(randn(batch, channels, size, size))
+    statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, None)
+    call = (x, conv.weight, None, *statistics, conv.stride, conv.padding, conv.dilation, conv.groups)
+    code = reference.CODES["relu6"]
+    rivals = {"eager": partial(eager, x), "cpu": partial(torch.ops.fused_ops.conv_bn_act2d_cpu, *call, code)}
+    if last:
+        rivals["onednn"] = partial(op.conv_bn_act2d_onednn, *call, code)
+    for rival in rivals.values():
+        torch.testing.assert_close(rival(), eager(x), atol=1e-3, rtol=1e-3)
+    found = cpu_microseconds(rivals, 0.1)
     times = {f"{rival}_ms": round(microseconds / 1e3, 4) for rival, microseconds in found.items()}
     sizes = {"batch": batch, "channels": channels, "out_channels": out_channels, "size": size}
     return {**sizes, **times, "ratio": round(times["eager_ms"] / times["cpu_ms"], 3)}
@@ -121,8 +132,9 @@ def main() -> None:
             results["rows"].append(row(name, layout, epilogue))
             print(*(f"{value!s:<28}" for value in results["rows"][-1].values()))
     torch.set_num_threads(1)
-    results["chains"] = [chain(*sizes) for sizes in CHAINS]
-    for found in results["chains"]:
+    results["chains"] = [chain(*sizes, last=False) for sizes in CHAINS]
+    results["chains_channels_last"] = [chain(*sizes, last=True) for sizes in CHAINS_LAST]
+    for found in results["chains"] + results["chains_channels_last"]:
         print(*(f"{value!s:<12}" for value in found.values()))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")

@@ -88,7 +88,7 @@ define("conv2d_cuda" + KERNEL.format(""), _fake)
 define("conv2d_cpu" + KERNEL.format(", int lanes=16"), _fake)
 
 
-def _conv_bn_act2d_onednn(
+def conv_bn_act2d_onednn(
     input, weight, bias, mean, var, bn_weight, bn_bias, eps, residual, stride, padding, dilation, groups, activation
 ):
     """The folded weights are kept between calls; residual and activation are oneDNN's, or a pass in place."""
@@ -110,7 +110,7 @@ _BATCH_NORM = (
     " int[] stride, int[] padding, int[] dilation, int groups, int activation{}) -> Tensor"
 )
 define("conv_bn_act2d_cpu" + _BATCH_NORM.format(", int lanes=16"), _batch_norm_fake)
-define("conv_bn_act2d_onednn" + _BATCH_NORM.format(""), _batch_norm_fake, _conv_bn_act2d_onednn, ("CPU",))
+define("conv_bn_act2d_onednn" + _BATCH_NORM.format(""), _batch_norm_fake, conv_bn_act2d_onednn, ("CPU",))
 
 
 def affine(bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -190,11 +190,22 @@ def conv_bn_act2d_cpu(
     """Without gradients: the C++ kernels, which fold the batch norm themselves, else oneDNN on folded weights."""
     residual = _full(residual, input, weight, stride, padding, dilation)
     call = (input, weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, residual, stride, padding)
-    if not vectorised(input, weight, stride, padding, groups):
-        return torch.ops.fused_ops.conv_bn_act2d_onednn(*call, dilation, groups, reference.CODES[activation])
+    if not vectorised(input, weight, stride, padding, groups) or _better_on_onednn(input):
+        # An op written in Python costs as much as a small convolution: only who traces needs to see it.
+        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing()
+        onednn = torch.ops.fused_ops.conv_bn_act2d_onednn if traced else conv_bn_act2d_onednn
+        return onednn(*call, dilation, groups, reference.CODES[activation])
     inside = activation if activation in VECTOR_ACTIVATIONS else None
     y = torch.ops.fused_ops.conv_bn_act2d_cpu(*call, dilation, groups, reference.CODES[inside])
     return y if activation == inside else reference.overwritten(y, activation)
+
+
+def _better_on_onednn(input) -> bool:
+    """Whether the C++ kernel for channels_last, which reads weights as they are, loses to oneDNN on kept ones.
+
+    It does where pixels are many (bench/results/cpu/conv_pointwise.json).
+    """
+    return input.size(0) * input.size(2) * input.size(3) > 1024 and channels_last(input)
 
 
 def conv1d_cpu(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation):
@@ -208,16 +219,22 @@ def conv1d_cpu(input, weight, bias, stride, padding, dilation, groups, scale, sh
 
 
 def vectorised(input, weight, stride, padding, groups) -> bool:
-    """Whether the C++ CPU kernels have this shape: both contiguous, 1x1 without stride, or depthwise."""
+    """Whether the C++ CPU kernels have this shape: 1x1, or depthwise; contiguous, or 1x1 on a channels_last input.
+
+    What is laid out both ways by chance (one channel, one pixel) is contiguous.
+    """
     _, channels, height, width = input.shape
     filters, depth, rows, columns = weight.shape
+    plane, row, filter = height * width, width * channels, rows * columns
     if groups == 1:
-        if rows != 1 or columns != 1 or stride != (1, 1) or padding != (0, 0):
+        if rows != 1 or columns != 1 or padding != (0, 0):
+            return False
+        if input.stride() == (plane * channels, 1, row, channels) and weight.is_contiguous():
+            return not plane == channels == 1
+        if stride != (1, 1):
             return False
     elif groups != channels or groups != filters:
         return False
-    # Contiguous, and not by chance channels_last too.
-    plane, filter = height * width, rows * columns
     return input.stride() == (channels * plane, plane, width, 1) and weight.stride() == (
         depth * filter, filter, columns, 1
     )  # fmt: skip

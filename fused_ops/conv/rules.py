@@ -7,7 +7,7 @@ from fused_ops.core import extension
 
 ONEDNN = torch.backends.mkldnn.is_available()
 SMALL = 20_000  # elements of a 1x1 convolution's output
-FEW = 8  # pixels of a 1x1 convolution's output
+FEW, FEW_LAST = 8, 2  # pixels of a 1x1 convolution's image, contiguous and channels_last
 MEASURED = "bench/results/cpu/conv_pointwise.json"
 ONLY_ONEDNN = f"has only oneDNN here, which is no faster than F.conv2d ({MEASURED})"
 
@@ -80,8 +80,8 @@ def cpu_batch_norm_worthwhile(input, weight, bias, stride, padding, dilation, gr
     if not op.vectorised(input, weight, stride, padding, groups):
         outweighed = weight.numel() > 4 * input.numel()
         return None if outweighed or op.channels_last(input) else ONLY_ONEDNN
-    if groups == 1 and input.size(0) * input.size(2) * input.size(3) < FEW:
-        return f"computes whole vectors of pixels, of which there are few ({MEASURED})"
+    if groups == 1 and input.size(0) * input.size(2) * input.size(3) < (FEW_LAST if op.channels_last(input) else FEW):
+        return f"computes several pixels at once, of which there are few ({MEASURED})"
     return None
 
 

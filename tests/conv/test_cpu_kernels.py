@@ -40,6 +40,36 @@ def test_pointwise_at_every_remainder(batch, lanes):
 
 
 @pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("stride", [(1, 1), (2, 3)], ids=str)
+def test_pointwise_channels_last_at_every_remainder(stride, lanes):
+    for batch in (1, 3):
+        for channels in (1, 7, 33):
+            for out_channels in (1, 5, 16, 41, 100):
+                for space in ((1, 1), (7, 7), (3, 29), (13, 1)):
+                    x = randn(batch, channels, *space).to(memory_format=torch.channels_last)
+                    w = randn(out_channels, channels, 1, 1, seed=1)
+                    scale, shift = randn(out_channels, seed=2), randn(out_channels, seed=3)
+                    y = F.conv2d(x, w, None, stride)
+                    call = (x, w, scale, shift, torch.empty_like(y).copy_(randn(*y.shape, seed=4)), stride)
+                    if not op.vectorised(x, w, stride, (0, 0), 1):  # laid out as a contiguous one is, with a stride
+                        continue
+                    got = kernel(*call, act="relu6", lanes=lanes)
+                    assert got.stride() == y.stride()
+                    assert_accurate(got, exact(*call, act="relu6"), terms=channels + 3)
+
+
+def test_pointwise_channels_last_reads_no_neighbour():
+    """All pixels but one row are NaN, and so is what lies around the weights."""
+    x = torch.full((1, 5, 6, 7), float("nan")).to(memory_format=torch.channels_last)
+    x[:, :, 2] = randn(5, 7)
+    w = torch.full((21, 5), float("nan"))
+    w[1:20] = randn(19, 5, seed=1)
+    w = w[1:20].view(19, 5, 1, 1)
+    got = kernel(x, w, None, None, None)[:, :, 2]
+    assert_accurate(got, exact(x, w, None, None, None)[:, :, 2], terms=8)
+
+
+@pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("kernel_size", [(1, 2), (3, 3), (5, 5), (4, 7)], ids=str)
 def test_depthwise_at_every_remainder(kernel_size, stride, lanes):
