@@ -12,7 +12,8 @@ from fused_ops.core.precision import matmul_dot_precision
 from fused_ops.rnn import layers, op, reference
 from fused_ops.rnn.reference import Static, Tensors
 
-# What auto knows of the C++ kernels' speed is in bench/results/cpu/rnn_cpu.json, measured with AVX-512.
+# What auto knows of the C++ kernels' speed is in bench/results/cpu/rnn_cpu.json and rnn_cpu_other_host.json, measured
+# with AVX-512 on two processors: a rule is for where it is no slower on both.
 _VECTORISED = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 _NOT_MEASURED = "is slower than torch's GEMM without AVX2"
 _TOO_SHORT = (
@@ -58,7 +59,7 @@ def _cpu_worthwhile(tensors: Tensors, params: tuple, static: Static, dropout: fl
         return None
     batch, hidden = tensors.h0.shape[1:]
     time = (tensors.input if tensors.batch_sizes is None else tensors.batch_sizes).size(0)
-    if bfloat16 and batch * hidden > 32 * 256:
+    if bfloat16 and batch * hidden > 8 * 256:
         return _BFLOAT16
     if tensors.input.dtype != torch.float32 or reference.projected(params, static):
         return None if time >= 8 else _TOO_SHORT
@@ -76,7 +77,9 @@ def _long_enough(gru: bool, trains: bool, time: int, batch: int, hidden: int) ->
         return True
     if time >= 4:
         return trains or batch * hidden >= 2048 or (gru and hidden <= 128)
-    return time >= 2 and ((batch >= 128 and hidden >= 64) or (gru and trains and hidden <= 128))
+    if time >= 2:
+        return (batch >= 128 and hidden >= 64) or (gru and trains and hidden <= 128)
+    return batch >= 128 and hidden >= 128 and not trains
 
 
 def _triton(tensors: Tensors, params: tuple, static: Static, dropout: float) -> str | None:
