@@ -23,6 +23,8 @@ logger = logging.getLogger("fused_ops")
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 OPS: dict[str, "Op"] = {}
+# How an op is run on a tensor subclass, by its full name: nothing is imported for one that nobody uses.
+SUBCLASSES: dict[str, Callable] = {}
 _PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 _KEYS = {"cuda": "CUDA", "cpu": "CPU"}
 
@@ -144,6 +146,9 @@ class Op:
 
     def __call__(self, requested: str | None, tensors: tuple, *call):
         """Run `call` on the backend chosen for it. `tensors` are its tensors (None allowed), the first never None."""
+        kind = type(tensors[0])
+        if kind not in _PLAIN and f"{kind.__module__}.{kind.__qualname__}" in SUBCLASSES:
+            return SUBCLASSES[f"{kind.__module__}.{kind.__qualname__}"](self, requested, tensors, call)
         if torch._C._is_any_autocast_enabled():
             tensors, call = self._cast(tensors, call)
         if _explaining:
