@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from fused_ops.core.device import TRITON_INTERPRETED
 from tests import emulation
 from tests.support import poisoned_memory
+
+_patched: set[str] = set()  # modules
 
 
 @pytest.fixture(autouse=True)
@@ -12,6 +15,21 @@ def _surroundings():
     torch.manual_seed(0)
     with poisoned_memory():
         yield
+
+
+@pytest.fixture(autouse=TRITON_INTERPRETED)
+def _patched_once(monkeypatch):
+    """A device function patches triton.language in every call, half of the interpreter's time: here in the first of its
+    module. What a kernel's launch restores, the next launch patches."""
+    from triton.runtime import interpreter
+
+    def call(self, *args, **kwargs):
+        if self.fn.__module__ not in _patched:
+            interpreter._patch_lang(self.fn)
+            _patched.add(self.fn.__module__)
+        return self.rewrite()(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
 
 
 @pytest.fixture(params=(0, 1, 2), ids="seed {}".format)

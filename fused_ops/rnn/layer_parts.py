@@ -149,13 +149,16 @@ class Fed(NamedTuple):
     count: int
 
     def before(self, d: int, initial: Tensor, states: Tensor) -> Tensor:
-        """(N, features): the state before each token, of that before the first (B, features) and each token's."""
-        found = torch.cat((initial, states)).index_select(0, self.tokens.before(self.count, initial.device, d == 1))
-        if self.tensors.resets is None:
-            return found
-        t, b = self.tokens.times_and_rows(self.count, initial.device)
-        resets = self.tensors.resets.flatten().index_select(0, t * self.tokens.batch + b)
-        return found.masked_fill(resets.unsqueeze(1), 0.0)
+        """(N, features): the state before each token, of that before the first (B, features) and each token's; 0 after
+        a reset and in padding."""
+        tokens, device = self.tokens, initial.device
+        found, zero = torch.cat((initial, states)), tokens.past(self.count, device)
+        if self.tensors.resets is not None:
+            t, b = tokens.times_and_rows(self.count, device)
+            resets = self.tensors.resets.flatten().index_select(0, t * tokens.batch + b).unsqueeze(1)
+            zero = resets if zero is None else zero | resets
+        found = found.index_select(0, tokens.before(self.count, device, d == 1))
+        return found if zero is None else found.masked_fill(zero, 0.0)
 
     def states(self, output: Tensor) -> list[Tensor]:
         """(N, P) that W_hh multiplied."""

@@ -297,6 +297,8 @@ def _scan(x, h, c, cell: _Cell):
         before = (h, c)
         if cell.resets is not None:
             before = tuple(s if s is None else s.masked_fill(cell.resets[t][:, None], 0.0) for s in before)
+        if cell.valid is not None:  # a step that is not there must not multiply its gradient, 0, by a NaN
+            before = tuple(s if s is None else s.masked_fill(~cell.valid[t][:, None], 0.0) for s in before)
         now = _step(gi[t], *before, cell, t)
         if cell.valid is None:
             (h, c), (hs[t], cs[t]) = now, now

@@ -95,7 +95,10 @@ def _cuda(tensors: Tensors, params: tuple, static: Static, dropout: float) -> st
         return f"has no planner: {extension.host_missing}"
     index, features = tensors.input.get_device(), tensors.h0.size(-1)
     hidden = tensors.c0.size(-1) if static.is_lstm else features
-    sizes = (hidden, tensors.input.element_size(), features if features < hidden else 0, static.layer_norm)
+    if features > hidden:
+        return "takes a projected state of at most as many features as a layer has units"
+    projected = features if reference.projected(params, static) else 0
+    sizes = (hidden, tensors.input.element_size(), projected, static.layer_norm)
     passes = (False, True) if _differentiates(*tensors, *params) else (False,)
     if all(_fits(static.mode, backward, *sizes, index) for backward in passes):
         return None

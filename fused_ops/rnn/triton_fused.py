@@ -111,13 +111,10 @@ def rnn_fused_fwd_kernel(
     if p_mask is not None:
         b_mask = tiles(p_mask, o_first, o_state, states, m_first, 1)[0]
     b_len = row_lengths(p_lengths, o_row, batch, steps)
-    b_token, m_live, b_reset, b_x = _inputs(
-        0, i_d, b_len, p_gi, p_starts, p_resets, o_row, o_unit, batch, hidden, directions, GATES
-    )
+    how = i_d, b_len, p_gi, p_starts, p_resets, o_row, o_unit, batch, hidden, directions
+    b_token, m_live, b_reset, b_x = _inputs(0, *how, GATES)
     for i_s in tl.range(0, tl.max(b_len)):
-        b_next_token, m_next, b_next_reset, b_next_x = _inputs(
-            i_s + 1, i_d, b_len, p_gi, p_starts, p_resets, o_row, o_unit, batch, hidden, directions, GATES
-        )
+        b_next_token, m_next, b_next_reset, b_next_x = _inputs(i_s + 1, *how, GATES)
         m_cell, m_state = m_live[:, None] & m_unit[None, :], m_live[:, None] & (o_state < states)[None, :]
         if p_resets is not None:
             b_h = tl.where(b_reset[:, None], 0.0, b_h)
@@ -197,6 +194,28 @@ def _cell_bwd(
 
 
 @triton.jit
+def _given(p_grad, o_row, o_unit, hidden, m_state):
+    """dL/d(a last state) of these rows and units, 0 where there is none."""
+    if p_grad is not None:
+        return tiles(p_grad, o_row, o_unit, hidden, m_state, 1)[0].to(tl.float32)
+    else:
+        return tl.zeros(m_state.shape, dtype=tl.float32)
+
+
+@triton.jit
+def _carried(
+    b_through, b_w, m_cell, DTYPE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, GATES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dL/d(W_hh·h), rounded, times W_hh."""
+    b_into = tl.zeros([BLOCK_B, BLOCK_P], dtype=tl.float32)
+    for gate in tl.static_range(GATES):
+        b_gate = tl.where(m_cell, b_through[gate], 0.0).to(DTYPE)
+        b_into = tl.dot(b_gate, b_w[gate], b_into, input_precision=PRECISION)
+    return b_into
+
+
+@triton.jit
 def rnn_fused_bwd_kernel(
     p_grad_output, p_grad_h_n, p_grad_c_n, p_grad_c_all, p_w, p_w_hr, p_norm_hh, p_norm_c, p_bias_c, p_hat_hh,
     p_rstd_hh, p_hat_c, p_rstd_c, p_h0, p_c0, p_lengths, p_starts, p_resets, p_mask, p_zone_h, p_zone_c, zoneout_h,
@@ -216,11 +235,8 @@ def rnn_fused_bwd_kernel(
     o_first, o_cell = (i_d * batch + o_row) * states, (i_d * batch + o_row) * hidden
     m_first = (o_row < batch)[:, None] & (o_state < states)[None, :]
     m_first_cell = (o_row < batch)[:, None] & (o_unit < hidden)[None, :]
-    b_dh, b_dc = tl.zeros([BLOCK_B, BLOCK_P], dtype=tl.float32), tl.zeros([BLOCK_B, BLOCK_H], dtype=tl.float32)
-    if p_grad_h_n is not None:
-        b_dh = tiles(p_grad_h_n, o_first, o_state, states, m_first, 1)[0].to(tl.float32)
-    if p_grad_c_n is not None:
-        b_dc = tiles(p_grad_c_n, o_cell, o_unit, hidden, m_first_cell, 1)[0].to(tl.float32)
+    b_dh = _given(p_grad_h_n, o_first, o_state, states, m_first)
+    b_dc = _given(p_grad_c_n, o_cell, o_unit, hidden, m_first_cell)
     if p_mask is not None:
         b_mask = tiles(p_mask, o_first, o_state, states, m_first, 1)[0]
     # What is W_hr's is no business of the cell's.
@@ -230,15 +246,13 @@ def rnn_fused_bwd_kernel(
         p_own_grad, p_own_zone, own_zoneout = None, None, None
     b_len = row_lengths(p_lengths, o_row, batch, steps)
     last = tl.max(b_len) - 1
-    b_token, m_live, b_reset, b_saved = _saved(
-        last, i_d, directions, b_len, p_starts, p_resets, o_row, o_unit, batch, tokens, hidden,
-        p_own_grad, p_grad_c_all, p_output, p_c_all, p_kept, p_h0, p_c0, MODE,
+    how = (
+        i_d, directions, b_len, p_starts, p_resets, o_row, o_unit, batch, tokens, hidden, p_own_grad, p_grad_c_all,
+        p_output, p_c_all, p_kept, p_h0, p_c0,
     )  # fmt: skip
+    b_token, m_live, b_reset, b_saved = _saved(last, *how, MODE)
     for i in tl.range(0, last + 1):
-        b_next_token, m_next, b_next_reset, b_next_saved = _saved(
-            last - i - 1, i_d, directions, b_len, p_starts, p_resets, o_row, o_unit, batch, tokens, hidden,
-            p_own_grad, p_grad_c_all, p_output, p_c_all, p_kept, p_h0, p_c0, MODE,
-        )  # fmt: skip
+        b_next_token, m_next, b_next_reset, b_next_saved = _saved(last - i - 1, *how, MODE)
         m_cell = m_live[:, None] & (o_unit < hidden)[None, :]
         m_state = m_live[:, None] & (o_state < states)[None, :]
         b_dm = b_dh
@@ -255,10 +269,7 @@ def rnn_fused_bwd_kernel(
         )  # fmt: skip
         if PROJECTED:
             b_passed = b_past
-        b_into = tl.zeros([BLOCK_B, BLOCK_P], dtype=tl.float32)
-        for gate in tl.static_range(GATES):
-            b_gate = tl.where(m_cell, b_through[gate], 0.0).to(p_slopes.dtype.element_ty)
-            b_into = tl.dot(b_gate, b_w[gate], b_into, input_precision=PRECISION)
+        b_into = _carried(b_through, b_w, m_cell, p_slopes.dtype.element_ty, BLOCK_B, BLOCK_P, GATES, PRECISION)
         if p_mask is not None:
             b_into *= b_mask.to(tl.float32)
         b_new = b_into + b_passed

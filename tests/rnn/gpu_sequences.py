@@ -3,9 +3,10 @@
 from collections.abc import Collection
 
 import torch
+from torch import Tensor
 
 from fused_ops.rnn import layers, reference
-from fused_ops.rnn.reference import Tensors
+from fused_ops.rnn.reference import Static, Tensors
 from tests.rnn.common import Case
 from tests.rnn.extras import LENGTHS, RESETS, flat_call, packed
 from tests.support import assert_accurate, leaves, randn, value_and_gradients
@@ -52,13 +53,18 @@ def check(backend: str, mode: str, dtype: torch.dtype, what: str, device: str, h
 def check_extras(
     backend: str, mode: str, extras: Collection[str], dtype: torch.dtype, device: str, packs=False, hidden=5
 ):
-    """Values and every gradient of a driver's flat call with the named extras, an LSTM projected, against float64."""
-    case = Case(mode, hidden=hidden, layers=2, bidirectional=True, dtype=dtype, proj=3 if mode == "lstm" else 0)
-    tensors, params, static = flat_call(case, extras, LENGTHS, None if packs else RESETS, all_states=not packs)
-    tensors = packed(tensors) if packs else tensors
+    """Values and every gradient of a driver's flat call with the named extras, an LSTM's state projected and not,
+    against float64."""
+    for proj in (0, 3) if mode == "lstm" else (0,):
+        case = Case(mode, hidden=hidden, layers=2, bidirectional=True, dtype=dtype, proj=proj)
+        tensors, params, static = flat_call(case, extras, LENGTHS, None if packs else RESETS, all_states=not packs)
+        _check_call(backend, packed(tensors) if packs else tensors, params, static, device, terms=4 * hidden)
+
+
+def _check_call(backend: str, tensors: Tensors, params: list[Tensor], static: Static, device: str, terms: int) -> None:
     inputs = [t if i > 2 or t is None else t.requires_grad_() for i, t in enumerate(tensors)]
     inputs += [param.requires_grad_() for param in params]
-    head = len(tensors)
+    head, dtype = len(tensors), tensors.input.dtype
 
     def run(dtype, device, sequence):
         def call(*there):
@@ -74,7 +80,7 @@ def check_extras(
     found, count = run(dtype, device, lambda tensors, params: layers.sequence(backend, tensors, params, static))
     exact, own = run(torch.float64, "cpu", plain)[0], run(dtype, "cpu", plain)[0]
     for i, (value, wanted, peer) in enumerate(zip(found, exact, own, strict=True)):
-        assert_accurate(value, wanted, peer, factor=2.0 if i < count else 3.0, terms=4 * hidden if i < count else 60)
+        assert_accurate(value, wanted, peer, factor=2.0 if i < count else 3.0, terms=terms if i < count else 60)
 
 
 def _error(found, exact, i: int) -> float:

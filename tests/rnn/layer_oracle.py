@@ -1,5 +1,6 @@
 """What the ops of fused_ops/rnn/layers.py compute, in plain PyTorch: the oracle in float64, the peer in others."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from tests.support import randn
 # The ops' results, by name.
 FORWARD = ("output", "h_n", "c_n", "c_all", "kept")
 BACKWARD = ("slopes", "through", "slopes_c", "grad_states", "dh0", "dc0")
+# What a backward takes of a forward's layer norms.
+HATS = ("hat_hh", "rstd_hh", "hat_c", "rstd_c")
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
 
 
@@ -86,8 +89,8 @@ def layer_case(
     mode="gru", time=5, batch=3, hidden=6, directions=1, dtype=torch.float32, *, bias=True, lengths=None, packed=False,
     resets=False, mask=False, zoneout=None, norm=False, states=None, seed=0,
 ) -> Layer:  # fmt: skip
-    """Reproducible inputs. lengths: a list. packed: by those lengths, descending. zoneout: "masks" or a probability.
-    states: features of a projected h, for an LSTM.
+    """Reproducible inputs. lengths: a list. packed: by those lengths, descending. zoneout: "masks", a probability, or a
+    pair of these for h and for an LSTM's c. states: features of a projected h, for an LSTM.
 
     What lies in the padding of gi is NaN.
     """
@@ -113,8 +116,8 @@ def layer_case(
 
     biased = mode == "gru" and bias and not norm
     features, gi = states or hidden, gi.double() if dtype == torch.float64 else gi
-    zones = zoneout == "masks"
-    rate = 0.0 if zones or zoneout is None else zoneout
+    zone_h, zone_c = zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout if lstm else None)
+    rates = [zone if isinstance(zone, float) else 0.0 for zone in (zone_h, zone_c)]
     return Layer(
         gi=gi,
         w_hh=(randn(directions, gates * hidden, features, seed=seed + 2) * scale).to(dtype),
@@ -130,10 +133,10 @@ def layer_case(
         starts=starts,
         resets=coin(time, batch) if resets else None,
         mask=(~coin(directions, batch, features)).to(dtype) / 0.75 if mask else None,
-        zone_h=coin(directions, count, features) if zones else None,
-        zone_c=coin(directions, count, hidden) if zones and lstm else None,
-        zoneout_h=rate,
-        zoneout_c=rate if lstm else 0.0,
+        zone_h=coin(directions, count, features) if zone_h == "masks" else None,
+        zone_c=coin(directions, count, hidden) if zone_c == "masks" else None,
+        zoneout_h=rates[0],
+        zoneout_c=rates[1],
         mode=mode,
         steps=time,
     )
@@ -153,6 +156,10 @@ def forward(layer: Layer, gi: Tensor | None = None, added: dict[str, Tensor] | N
     gi, added = layer.gi if gi is None else gi, probes(layer) if added is None else added
     dtype = layer.w_hh.dtype
     compute = torch.promote_types(dtype, torch.float32)
+
+    def operand(x):
+        return x.to(dtype).to(compute)
+
     (directions, batch, features), (count, _, gates, hidden), lstm = layer.h0.shape, gi.shape, layer.mode == "lstm"
     live = torch.ones(layer.steps, batch, dtype=torch.bool)
     if layer.lengths is not None:
@@ -172,7 +179,8 @@ def forward(layer: Layer, gi: Tensor | None = None, added: dict[str, Tensor] | N
             if layer.resets is not None:
                 before = before.masked_fill(layer.resets[t, rows, None], 0.0)
                 c_before = c_before.masked_fill(layer.resets[t, rows, None], 0.0) if lstm else None
-            step = _step_of(layer, d, rows, token, gi, before, c_before, added)
+            step = step_of(layer, d, rows, token, gi, before, c_before, operand, added)
+            step["output"] = operand(step["output"])
             h = h.index_put((rows,), step["output"])
             c = c.index_put((rows,), step["c_all"]) if lstm else None
             for name, value in step.items():
@@ -192,11 +200,18 @@ def forward(layer: Layer, gi: Tensor | None = None, added: dict[str, Tensor] | N
     }
 
 
-def _step_of(layer: Layer, d: int, rows, token, gi, before, c_before, added) -> dict[str, Tensor]:
-    dtype, compute = layer.w_hh.dtype, before.dtype
-    into = before if layer.mask is None else (before * layer.mask[d, rows].to(compute)).to(dtype).to(compute)
-    gh = into @ layer.w_hh[d].to(compute).t() + added["through"][token, d].flatten(1)
-    found = {}
+def step_of(
+    layer: Layer, d: int, rows: Tensor, token: Tensor, gi: Tensor, before: Tensor, c_before: Tensor | None,
+    operand: Callable[[Tensor], Tensor], added: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """A step of these rows and tokens in the dtype of `before`, by result's name; its h is not rounded yet.
+
+    operand: what the products make of a factor. added: `probes`.
+    """
+    compute, found = before.dtype, {}
+    into = before if layer.mask is None else before * layer.mask[d, rows].to(compute)
+    gh = operand(into) @ operand(layer.w_hh[d]).t()
+    gh = gh if added is None else gh + added["through"][token, d].flatten(1)
     if layer.norm_hh is not None:
         hat, found["rstd_hh"] = _normalised(gh)
         found["hat_hh"] = hat.unflatten(1, gi.shape[2:])
@@ -205,19 +220,18 @@ def _step_of(layer: Layer, d: int, rows, token, gi, before, c_before, added) -> 
     if layer.b_hn is not None:
         r_and_z = 2 * layer.b_hn.size(1)
         gh = torch.cat((gh[:, :r_and_z], gh[:, r_and_z:] + layer.b_hn[d].to(compute)), 1)
-    now, c, found["kept"] = _step(layer.mode, gi[token, d].to(compute).flatten(1), gh, before, c_before)
+    now, c, kept = _step(layer.mode, gi[token, d].to(compute).flatten(1), gh, before, c_before)
     if layer.mode == "lstm":
         found["c_all"] = _zoned(c, c_before, layer.zone_c, layer.zoneout_c, d, token)
         if layer.norm_c is not None:
             found["hat_c"], found["rstd_c"] = _normalised(c)
             c = found["hat_c"] * layer.norm_c[d] + layer.bias_c[d]
-        now = found["kept"][:, 3] * torch.tanh(c + added["slopes_c"][token, d])
+        now = kept[:, 3] * torch.tanh(c if added is None else c + added["slopes_c"][token, d])
         if layer.w_hr is not None:
-            now = now.to(dtype).to(compute) @ layer.w_hr[d].to(compute).t() + added["grad_states"][token, d]
-    elif found["kept"] is None:
-        found["kept"] = now[:, None]
-    found["output"] = _zoned(now, before, layer.zone_h, layer.zoneout_h, d, token).to(dtype).to(compute)
-    return found
+            now = operand(now) @ operand(layer.w_hr[d]).t()
+            now = now if added is None else now + added["grad_states"][token, d]
+    found["kept"] = now[:, None] if kept is None else kept
+    return found | {"output": _zoned(now, before, layer.zone_h, layer.zoneout_h, d, token)}
 
 
 def _step(mode: str, gi, gh, h, c):
@@ -275,8 +289,7 @@ def backward(layer: Layer, grads) -> dict[str, Tensor]:
 def hats(found: dict[str, Tensor], layer: Layer) -> tuple[Tensor | None, ...]:
     """hat_hh, rstd_hh, hat_c and rstd_c of what `forward` found, None without norms."""
     there = (layer.norm_hh, layer.norm_hh, layer.norm_c, layer.norm_c)
-    names = ("hat_hh", "rstd_hh", "hat_c", "rstd_c")
-    return tuple(None if t is None else found[n].detach().float() for n, t in zip(names, there))
+    return tuple(None if t is None else found[n].detach().float() for n, t in zip(HATS, there))
 
 
 def random_grads(layer: Layer, seed: int = 11) -> tuple[Tensor | None, ...]:
@@ -288,3 +301,25 @@ def random_grads(layer: Layer, seed: int = 11) -> tuple[Tensor | None, ...]:
         shapes += [layer.c0.shape, (directions, count, layer.gi.size(-1))]
     grads = [randn(*shape, seed=seed + i).to(device, dtype) for i, shape in enumerate(shapes)]
     return *grads, *[None] * (4 - len(grads))
+
+
+BY_ROW = ("h0", "c0", "h_n", "c_n", "dh0", "dc0", "resets", "mask")  # (directions or steps, batch, ...)
+BY_TOKEN = ("gi", "output", "slopes", "through", "slopes_c", "grad_states")  # (N, ...)
+BY_DIRECTION = ("zone_h", "zone_c", "c_all", "kept", *HATS)  # (directions, N, ...)
+
+
+def of_row(layer: Layer, name: str, value, b: int):
+    """Row b of a padded layer's argument or result, or of a gradient by a result."""
+    if not isinstance(value, Tensor) or value.numel() == 0:
+        return value
+    if name == "lengths":
+        return value[b : b + 1]
+    if name in BY_ROW:
+        return value[:, b : b + 1].contiguous()
+    axis = {**dict.fromkeys(BY_TOKEN, 0), **dict.fromkeys(BY_DIRECTION, 1)}.get(name)
+    return value if axis is None else value.unflatten(axis, (layer.steps, -1)).select(axis + 1, b).contiguous()
+
+
+def row(layer: Layer, b: int) -> Layer:
+    """Row b alone; of a padded layer."""
+    return Layer(**{name: of_row(layer, name, value, b) for name, value in vars(layer).items()})

@@ -1,5 +1,7 @@
 """The GPU driver, fused_ops/rnn/layers.py, with plain PyTorch in the place of the kernels."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -97,6 +99,28 @@ def test_values_and_gradients(mode, shape, variant):
     _check(_variants(tensors)[variant], params, static)
 
 
+def _reference(tensors, params, static):
+    return reference.sequence(*tensors, *params, *static)
+
+
+@pytest.mark.parametrize("sequence", (partial(layers.sequence, "oracle"), _reference), ids=("layers", "reference"))
+@pytest.mark.parametrize("mode", MODES)
+def test_a_state_that_nobody_takes_leaks_into_no_gradient(mode, sequence):
+    """Rows that begin with a reset in both directions, and one without steps."""
+    tensors, params, static = _call(mode, 1, 2)
+    lengths = torch.tensor([4, 0, 2])
+    resets = (torch.arange(4)[:, None] == 0) | (torch.arange(4)[:, None] == lengths - 1)
+
+    def run(value):
+        states = [t if t is None else torch.full_like(t, value).requires_grad_() for t in tensors[1:3]]
+        call = [tensors.input, *states, lengths, resets, *params]
+        return value_and_gradients(lambda *call: sequence(Tensors(*call[:5]), call[5:], static), call)
+
+    (output, *_), grads = run(float("nan"))
+    (wanted, *_), wanted_grads = run(0.0)
+    torch.testing.assert_close((output, grads), (wanted, wanted_grads))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_packed(mode):
     tensors, params, static = _call(mode, 2, 2, bias=mode != "gru")
@@ -124,9 +148,9 @@ def test_masks_and_zoneout(mode):
 
 
 @pytest.mark.parametrize("how", ("padded", "packed"))
-@pytest.mark.parametrize("mode", MODES)
-def test_layer_norm_and_projection_with_every_extra(mode, how):
-    case = Case(mode, hidden=3, layers=2, bidirectional=True, bias=how == "padded", proj=2 if mode == "lstm" else 0)
+@pytest.mark.parametrize("mode, proj", [*((mode, 0) for mode in MODES), ("lstm", 2)])
+def test_layer_norm_and_projection_with_every_extra(mode, proj, how):
+    case = Case(mode, hidden=3, layers=2, bidirectional=True, bias=how == "padded", proj=proj)
     for extras in ({"norm"}, {"norm", "masks", "zones"}, {"norm", "masks", "zoneout"}, {"masks", "zoneout"}):
         resets = RESETS if how == "padded" else None
         tensors, params, static = flat_call(case, extras, LENGTHS, resets, all_states=how == "padded")
@@ -158,19 +182,18 @@ def test_only_what_is_asked_for_is_differentiated():
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("mode", "shape"), (("gru", (1, 2)), ("lstm", (2, 1))), ids=("gru", "lstm"))
-def test_one_graph_serves_every_batch_and_time(mode, shape):
+def test_one_graph_serves_every_batch_and_time():
     torch._dynamo.reset()
 
     def run(x, h0, c0, lengths, *params):
-        static = Static(mode, True, shape[0], shape[1] == 2, True)
+        static = Static("lstm", True, 1, True, True)
         return layers.sequence("oracle", Tensors(x, h0, c0, lengths), params, static)
 
     counter, frames = CompileCounterWithBackend("aot_eager"), []
     traced = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
     for time, batch in ((7, 11), (8, 5)):
-        tensors, params, _ = _call(mode, *shape, time=time, batch=batch)
-        call = [t if t is None else t.float().detach().requires_grad_() for t in (*tensors[:3], *params)]
+        tensors, params, _ = _call("lstm", 1, 2, time=time, batch=batch)
+        call = [t.float().detach().requires_grad_() for t in (*tensors[:3], *params)]
         call.insert(3, torch.arange(batch) % (time + 1))
         values, grads = value_and_gradients(traced, call)
         exact, exact_grads = value_and_gradients(run, call)

@@ -1,57 +1,51 @@
 """The layers' CUDA kernels with extras on the CPU: mask, zoneout, layer norm, projection; forward and backward."""
 
-import re
-
 import pytest
 import torch
-from torch import Tensor
 
 from fused_ops.core import extension
-from tests.emulation import every_schedule, needs_emulator, run_on, set_seed
-from tests.emulation.build import build_mutant
+from tests.emulation import every_schedule, needs_emulator
+from tests.rnn import layer_oracle
 from tests.rnn.emulated_steps import (
-    RESULTS,
-    case,
+    DESIGNS,
     check,
     check_backward,
-    gradients_for,
-    hats,
-    poisoned,
+    check_rows,
+    chip,
+    gradients,
     replay,
     run,
     run_backward,
-    truth,
 )
-from tests.rnn.layer_oracle import GATES, Layer
-from tests.rnn.test_layers_emulated import DESIGNS, chip
+from tests.rnn.layer_oracle import GATES, Layer, layer_case, random_grads
+from tests.rnn.test_layers_emulated import DTYPES, ENDED
 from tests.support import randn
 
 pytestmark = needs_emulator
 needs_host = pytest.mark.skipif(extension.host is None, reason="_host was not built")
 
-DTYPES = (torch.float16, torch.float32, torch.bfloat16)
-ENDED = {"time": 4, "batch": 9, "hidden": 19, "directions": 2, "lengths": [4, 0, 3, 1, 2, 4, 4, 4, 3]}
-PACKED = {"time": 5, "batch": 5, "hidden": 20, "directions": 2, "lengths": [5, 4, 2, 2, 1], "packed": True}
-# Sizes, and what of norm, projected, mask, zoneout there is.
+PACKED = {"time": 3, "batch": 5, "hidden": 20, "directions": 2, "lengths": [3, 3, 2, 2, 1], "packed": True}
+RESET = {**ENDED, "resets": True}
 CASES = {
-    "mask and zones": {**ENDED, "resets": True, "mask": True, "zoneout": "masks"},
+    "mask and zones": {**RESET, "mask": True, "zoneout": "masks"},
     "expected zoneout": {**PACKED, "mask": True, "zoneout": 0.3},
-    "norm": {**ENDED, "resets": True, "norm": True},
-    "norm and all": {**PACKED, "resets": True, "norm": True, "mask": True, "zoneout": "masks"},
+    "norm": {**RESET, "norm": True},
+    "norm and all": {**PACKED, "norm": True, "mask": True, "zoneout": "masks"},
     "norm, no bias": {"time": 2, "batch": 17, "hidden": 40, "norm": True, "bias": False, "zoneout": 0.2},
     "one of all": {"time": 1, "batch": 1, "hidden": 1, "norm": True, "seed": 3},
 }
-PROJECTED = {
-    "projected": {**ENDED, "resets": True, "projected": 7},
-    "projected, mask and zones": {**PACKED, "resets": True, "projected": 11, "mask": True, "zoneout": "masks"},
-    "projected, norm and all": {**ENDED, "resets": True, "projected": 13, "norm": True, "mask": True, "zoneout": 0.3},
-    "projected to one": {"time": 2, "batch": 18, "hidden": 33, "projected": 1, "norm": True},
+OF_LSTM = {
+    "zones of h": {**PACKED, "zoneout": ("masks", None)},
+    "zones of c": {**PACKED, "norm": True, "zoneout": (None, "masks")},
+    "expected zoneout of h": {**RESET, "zoneout": (0.3, None)},
+    "expected zoneout of c": {**RESET, "zoneout": (None, 0.3)},
+    "projected": {**RESET, "states": 7},
+    "projected, mask and zones": {**PACKED, "states": 11, "mask": True, "zoneout": "masks"},
+    "projected, norm and all": {**RESET, "states": 13, "norm": True, "mask": True, "zoneout": 0.3},
+    "projected to one": {"time": 2, "batch": 18, "hidden": 33, "states": 1, "norm": True},
+    "projected to as many": {"time": 2, "hidden": 24, "states": 24, "zoneout": (0.3, None)},
 }
-EVERY = [(mode, name) for name in CASES for mode in GATES] + [("lstm", name) for name in PROJECTED]
-
-
-def by_name(name: str, mode: str = "lstm", dtype: torch.dtype = torch.float16) -> Layer:
-    return case(mode, dtype, **(CASES | PROJECTED)[name])
+EVERY = [(mode, name) for name in CASES for mode in GATES] + [("lstm", name) for name in OF_LSTM]
 
 
 @pytest.fixture(params=DESIGNS)
@@ -62,25 +56,23 @@ def design(request):
 
 @pytest.mark.parametrize("mode, name", EVERY)
 def test_the_formulas_are_autograds(mode, name):
-    layer = vars(by_name(name, mode, torch.float64))
-    layer = Layer(**{n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in layer.items()})
-    layer.gi = layer.gi.nan_to_num(0.0)
-    grads = gradients_for(layer)
-    found, exact = truth(layer, grads)
-    made = replay(layer, grads, found, hats(layer, found), exact)
-    for key, value in made.items():
+    layer = layer_case(mode, dtype=torch.float64, **(CASES | OF_LSTM)[name]).to(torch.float64)
+    grads, found = random_grads(layer), layer_oracle.forward(layer)
+    exact = layer_oracle.backward(layer, grads)
+    for key, value in replay(layer, grads, found, exact).items():
         torch.testing.assert_close(value, exact[key], rtol=1e-8, atol=1e-8, msg=lambda said, key=key: f"{key}: {said}")
 
 
 @pytest.mark.parametrize("mode, name, dtype", [(*pair, DTYPES[i % 3]) for i, pair in enumerate(EVERY)], ids=str)
 def test_steps_and_slopes(mode, name, dtype, design):
-    layer = by_name(name, mode, dtype)
+    layer = layer_case(mode, dtype=dtype, **(CASES | OF_LSTM)[name])
     check_backward(layer, check(layer))
 
 
 @every_schedule
 def test_every_schedule(design):
-    layer = case("lstm", torch.float16, time=2, batch=9, hidden=19, projected=9, norm=True, mask=True, zoneout="masks")
+    extras = {"states": 9, "norm": True, "mask": True, "zoneout": "masks"}
+    layer = layer_case("lstm", time=2, batch=9, hidden=19, dtype=torch.float16, **extras)
     check_backward(layer, check(layer))
 
 
@@ -95,82 +87,19 @@ def test_these_designs_share_units_and_features_among_several_blocks(design, bac
         assert found["design"] == design and found["slices"] > 1 and found["groups"] > 1
 
 
-def row(layer: Layer, b: int) -> Layer:
-    """Row b alone; of a padded layer."""
-    steps, batch = layer.steps, layer.h0.size(1)
-    parts = dict(vars(layer))
-    parts["gi"] = layer.gi.unflatten(0, (steps, batch))[:, b].contiguous()
-    for name in ("h0", "c0", "resets", "mask"):
-        parts[name] = None if parts[name] is None else parts[name][:, b : b + 1].contiguous()
-    for name in ("zone_h", "zone_c"):
-        zone = parts[name]
-        parts[name] = None if zone is None else zone.unflatten(1, (steps, batch))[:, :, b].contiguous()
-    parts["lengths"] = layer.lengths[b : b + 1]
-    return Layer(**parts)
-
-
-def both(layer: Layer, grads) -> dict[str, Tensor]:
-    found, grads = poisoned(layer, run(layer), grads)
-    return found | run_backward(layer, grads, found, hats(layer, found))
-
-
 @pytest.mark.parametrize(
-    "mode, dtype, projected",
-    [("gru", torch.bfloat16, 0), ("lstm", torch.float32, 0), ("lstm", torch.float16, 21)],
+    "mode, dtype, states",
+    [("gru", torch.bfloat16, None), ("lstm", torch.float32, None), ("lstm", torch.float16, 21)],
     ids=str,
 )
-def test_a_row_is_the_same_alone_in_any_batch_and_again(mode, dtype, projected, design):
-    layer = case(
-        mode, dtype, time=2, batch=18, hidden=70, lengths=[2, 1, 2] * 6, resets=True, norm=True, projected=projected
-    )
-    grads = gradients_for(layer)
-    whole = both(layer, grads)
-    set_seed(5)
-    try:
-        again = both(layer, grads)
-    finally:
-        set_seed(0)
-    for name, value in whole.items():
-        assert torch.equal(value.nan_to_num(7.0), again[name].nan_to_num(7.0)), name
-    for b in (0, 17):
-        alone_grads = [None if g is None else g[:, b : b + 1].contiguous() for g in grads[1:3]]
-        by_output = grads[0].unflatten(0, (2, 18))[:, b].contiguous()
-        by_c = None if grads[3] is None else grads[3].unflatten(1, (2, 18))[:, :, b].contiguous()
-        for name, value in both(row(layer, b), (by_output, *alone_grads, by_c)).items():
-            wanted = whole[name]
-            if name in ("h_n", "c_n", "dh0", "dc0"):
-                wanted = wanted[:, b : b + 1] if wanted.numel() else wanted
-            elif wanted.numel():
-                axis = 1 if name in ("c_all", "kept") else 0
-                wanted = wanted.unflatten(axis, (2, 18)).select(axis + 1, b)
-            assert torch.equal(value.nan_to_num(7.0), wanted.nan_to_num(7.0)), name
-    if design == "cluster":  # a grid's units, over which a norm is summed, are the chip's
-        with chip(design, 13):
-            crowded = both(layer, grads)
-        assert all(torch.equal(v.nan_to_num(7.0), crowded[name].nan_to_num(7.0)) for name, v in whole.items())
-
-
-def test_no_rows_and_no_steps(design):
-    for sizes in ({"batch": 0}, {"time": 0}, {"lengths": [0, 0, 0]}):
-        layer = case("lstm", torch.float16, norm=True, projected=4, zoneout=0.2, **sizes)
-        grads, found = gradients_for(layer), run(layer)
-        assert torch.equal(found["h_n"], layer.h0) and torch.equal(found["c_n"], layer.c0)
-        own = run_backward(layer, grads, found, hats(layer, found))
-        assert not found["output"].any() and all(not own[name].any() for name in RESULTS[:4])
-        assert torch.equal(own["dh0"], grads[1]) and torch.equal(own["dc0"], grads[2])
-
-
-def test_the_ops_as_torch_sees_them():
-    layer = case("lstm", torch.float16, time=2, batch=2, norm=True, projected=4, mask=True, zoneout="masks")
-    forward, backward = torch.ops.fused_ops.rnn_layer_fwd_cuda, torch.ops.fused_ops.rnn_layer_bwd_cuda
-    torch.library.opcheck(forward.default, layer.fwd_arguments())
-    found = run(layer)
-    saved = (found["output"], found["c_all"], found["kept"], hats(layer, found))
-    torch.library.opcheck(backward.default, layer.bwd_arguments(gradients_for(layer), *saved))
+def test_a_row_is_the_same_alone_in_any_batch_and_again(mode, dtype, states, design):
+    layer = layer_case(mode, 2, 10, 40, 1, dtype, lengths=[2, 1] * 5, resets=True, norm=True, states=states)
+    # A grid's units, over which a norm is summed, are the chip's.
+    check_rows(layer, design, *([4] if design == "cluster" else []))
 
 
 def test_what_it_cannot_serve_is_said():
-    plain, normed = case("gru", torch.float16), case("lstm", torch.float16, norm=True)
+    plain, normed = layer_case("gru", dtype=torch.float16), layer_case("lstm", dtype=torch.float16, norm=True)
     half, single = randn(1, 3, 5).half(), randn(1, 3, 6)
     for layer, change, said in (
         (plain, {"mask": half}, "mask has the wrong shape"),
@@ -185,74 +114,8 @@ def test_what_it_cannot_serve_is_said():
     ):
         with pytest.raises(RuntimeError, match=said):
             run(Layer(**vars(layer) | change))
-    found, grads = run(normed), gradients_for(normed)
     with pytest.raises(RuntimeError, match="norm_hh goes with hat_hh and rstd_hh"):
-        run_backward(normed, grads, found, (None,) * 4)
-    wide = case("lstm", torch.float16, time=1, batch=1, hidden=340, projected=339)
+        run_backward(normed, gradients(normed), run(normed))
+    wide = layer_case("lstm", 1, 1, 340, 1, torch.float16, states=339)
     with chip("grid", 3), pytest.raises(RuntimeError, match="W_hh of hidden size 340 does not fit"):
         run(wide)
-
-
-# What is replaced in a file of csrc/rnn, and what is said of it. Of the kernels, the projected ones in half precision
-# alone are built.
-MUTANTS = {
-    "fwd: a norm's sums are added before the blocks have met": (
-        "row_norm.cuh", "    });\n    exchange.meet();", "    });", "race: reads|which nobody has written"
-    ),
-    "fwd: both norms' sums in one place": (
-        "exchange.cuh", "(which * slices_ + slice_) * rows_", "slice_ * rows_", "race: |nobody has written"
-    ),
-    "fwd: a state is projected before all of it is there": (
-        "exchange.cuh", "void hand_on() {\n    __syncthreads();", "void hand_on() {", "race: "
-    ),
-    "bwd: a mean is left out of the norm's derivative": (
-        "layer_bwd.cuh", "by_norm - mean.first - layer_.hat", "by_norm - layer_.hat", "through: error"
-    ),
-}  # fmt: skip
-
-
-def only_one(d: str) -> tuple[tuple[str, str, str], ...]:
-    """Changes that leave one projected kernel of each design, in one file."""
-    launcher, extra = f"rnn/layer_{d}.cu", f"rnn/layer_{d}_extra.cu"
-    others = [("extra", name) for name in ("float", "__half", "__nv_bfloat16")]
-    others += [("projected", name) for name in ("float", "__nv_bfloat16")]
-    projected = "run(std::integral_constant<Variant, Variant::projected>{})"
-    return (
-        (launcher, "with_variant(extras.variant(), run)", projected),
-        (launcher, "dispatch_float(", "[](auto, auto, auto visit) { visit(__half{}); }("),
-        (launcher, f'"rnn/layer_{d}_launch.h"', f'"{extra}"'),
-        *((extra, f"INSTANTIATE(Variant::{variant}, {name});\n", "") for variant, name in others),
-    )
-
-
-CASE = "from tests.rnn.test_layers_extras_emulated import check_both_designs; check_both_designs({backward})"
-
-
-def check_both_designs(backward: bool):
-    layer = case("lstm", torch.float16, time=3, batch=9, hidden=19, projected=11, norm=True, zoneout="masks")
-    for name in DESIGNS:
-        with chip(name):
-            check_backward(layer, truth_of(layer)) if backward else check(layer)
-
-
-def truth_of(layer: Layer) -> dict[str, Tensor]:
-    """What a forward would leave, in the layer's dtype."""
-    double = Layer(
-        **{n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in vars(layer).items()}
-    )
-    found, _ = truth(double, gradients_for(double))
-    return {n: v.float() if n == "c_all" else v.to(layer.w_hh.dtype) for n, v in found.items()}
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_a_wrong_kernel_is_caught(name, tmp_path):
-    file, old, new, said = MUTANTS[name]
-    d = name[:3]
-    library = build_mutant(tmp_path / "build", f"rnn/layer_{d}.cu", (f"rnn/{file}", old, new), *only_one(d))
-    done = run_on(library, CASE.format(backward=d == "bwd"), tmp_path / "package")
-    assert done.returncode == 1 and re.search(said, done.stderr), done.stderr
-
-
-def test_the_same_cases_pass_with_the_right_kernels():
-    check_both_designs(False)
-    check_both_designs(True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.rnn import layer_oracle
-from tests.rnn.layer_oracle import layer_case, random_grads
+from tests.rnn.layer_oracle import layer_case, of_row, random_grads, row
 from tests.support import assert_accurate
 
 pytestmark = pytest.mark.gpu
@@ -12,7 +12,6 @@ BACKENDS = (
     pytest.param("cuda", marks=pytest.mark.kernel("rnn.layers.cuda")),
     pytest.param("triton", marks=pytest.mark.kernel("rnn.layers.triton")),
 )
-TRITON = BACKENDS[1:]
 
 MODES = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 CASES = {
@@ -85,7 +84,7 @@ def test_every_case(backend, mode, hidden, case):
 @pytest.mark.parametrize("case", EXTRAS)
 @pytest.mark.parametrize("hidden", (48, 320))
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("backend", TRITON)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_extra(backend, mode, hidden, case):
     check(backend, mode, hidden, case, torch.bfloat16)
 
@@ -93,14 +92,14 @@ def test_every_extra(backend, mode, hidden, case):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("case", PROJECTED)
 @pytest.mark.parametrize("hidden, states", ((23, 7), (64, 32), (320, 160), (1100, 33)))
-@pytest.mark.parametrize("backend", TRITON)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_projected_states(backend, hidden, states, case, dtype):
     check(backend, "lstm", hidden, case, dtype, states)
 
 
 @pytest.mark.parametrize("hidden", (23, 64, 1100))
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("backend", TRITON)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_norms_in_float32(backend, mode, hidden):
     check(backend, mode, hidden, "normed", torch.float32)
 
@@ -114,19 +113,9 @@ def test_a_row_alone_is_what_it_is_in_a_batch(backend, mode, hidden):
     grads = random_grads(layer)
     whole, again = run(backend, layer, grads), run(backend, layer, grads)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-    alone = layer_case(mode, time=6, batch=1, hidden=hidden, dtype=torch.bfloat16).to(torch.bfloat16, "cuda")
-    alone.w_hh, alone.b_hn, row = layer.w_hh, layer.b_hn, 37
-    alone.gi = layer.gi.unflatten(0, (6, 40))[:, row].contiguous()
-    alone.h0, alone.c0 = (t if t is None else t[:, row : row + 1].contiguous() for t in (layer.h0, layer.c0))
-    mine = [
-        grads[0].unflatten(0, (6, 40))[:, row].contiguous(),
-        *(g if g is None else g[:, row : row + 1].contiguous() for g in grads[1:3]),
-        None if grads[3] is None else grads[3].unflatten(1, (6, 40))[:, :, row].contiguous(),
-    ]
-    found = run(backend, alone, mine)
-    for name in ("output", "slopes"):
-        assert torch.equal(found[name], whole[name].unflatten(0, (6, 40))[:, row])
-    assert torch.equal(found["dh0"], whole["dh0"][:, row : row + 1])
+    mine = [of_row(layer, name, grad, 37) for name, grad in zip(layer_oracle.FORWARD, grads)]
+    for name, value in run(backend, row(layer, 37), mine).items():
+        assert torch.equal(value, of_row(layer, name, whole[name], 37)), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -10,7 +10,7 @@ from fused_ops.core.device import TRITON_INTERPRETED
 from fused_ops.rnn import layers
 from tests.rnn import layer_oracle
 from tests.rnn.gpu_sequences import check_extras
-from tests.rnn.layer_oracle import layer_case, random_grads
+from tests.rnn.layer_oracle import layer_case, of_row, random_grads, row
 from tests.support import assert_accurate, noncontiguous, randn
 
 pytestmark = [
@@ -21,24 +21,32 @@ pytestmark = [
 
 MODES = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 DESIGNS = ("fused", "steps")
-VARLEN = {"time": 3, "lengths": [2, 0, 3], "resets": True, "directions": 2}
-PACKED = {"time": 3, "lengths": [3, 2, 2], "packed": True}
+VARLEN = {"time": 3, "lengths": [2, 0, 3], "resets": True}
+SHORT = {"time": 2, "lengths": [1, 0, 2], "resets": True}
+PACKED = {"time": 2, "lengths": [2, 2, 1], "packed": True, "directions": 2}
 CASES = {
     "plain": {"time": 2, "bias": False},
-    "lengths and resets": VARLEN,
-    "packed": PACKED | {"directions": 2, "mask": True},
+    "lengths and resets": VARLEN | {"directions": 2},
+    "packed": PACKED | {"mask": True},
     "zoneout": VARLEN | {"zoneout": "masks", "mask": True},
-    "expected zoneout": VARLEN | {"zoneout": 0.3, "directions": 1},
+    "expected zoneout": VARLEN | {"zoneout": 0.3},
+    "norms": SHORT | {"norm": True},
+    "norms and masks": SHORT | {"norm": True, "bias": False, "zoneout": "masks", "mask": True},
 }
-NORM_CASES = {
-    "norms": VARLEN | {"norm": True},
-    "norms and masks": VARLEN | {"norm": True, "bias": False, "zoneout": "masks", "mask": True, "directions": 1},
-}
-LSTM_CASES = {
-    "projected": VARLEN | {"states": 3},
-    "projected and masked": VARLEN | {"states": 3, "zoneout": "masks", "mask": True},
+OF_LSTM = {
+    "zones of h": {"time": 2, "zoneout": ("masks", None)},
+    "zones of c": {"time": 2, "zoneout": (None, "masks")},
+    "expected zoneout of h": {"time": 2, "zoneout": (0.3, None)},
+    "expected zoneout of c": {"time": 2, "states": 6, "zoneout": (None, 0.3)},
+    "projected": SHORT | {"states": 3},
+    "projected and masked": SHORT | {"states": 3, "zoneout": "masks", "mask": True},
     "projected and normed": PACKED | {"norm": True, "states": 4, "zoneout": 0.3},
 }
+OF_RNN = {
+    "rnn_tanh": ("lengths and resets", "zoneout", "expected zoneout", "norms and masks"),
+    "rnn_relu": ("plain", "packed", "norms"),
+}
+EVERY = [(mode, case) for mode in MODES for case in OF_RNN.get(mode, CASES)] + [("lstm", case) for case in OF_LSTM]
 
 
 def kernels():
@@ -56,7 +64,7 @@ def use(module, design: str, monkeypatch, rows: int = 4) -> None:
     tiles = {"BLOCK_B": rows, "BLOCK_U": 4, "BLOCK_K": 16}
     fused = plan(True, BLOCK_B=rows, BLOCK_H=16, BLOCK_P=16)
     monkeypatch.setattr(module, "plan", fused if design == "fused" else plan(False, **tiles))
-    monkeypatch.setattr(module, "plan_product", plan(False, **tiles))
+    monkeypatch.setattr(module, "plan_product", plan(False, **tiles | {"BLOCK_U": 16}))
     monkeypatch.setattr(module, "plan_rows", plan(False, BLOCK=4))
 
 
@@ -66,12 +74,13 @@ def design(request, monkeypatch):
     return request.param
 
 
-def run(layer, grads=None, module=None):
-    """The op's results by name, and those of its backward where `grads` are given."""
+def run(layer, grads=None, module=None, hats=None):
+    """The op's results by name, and those of its backward where `grads` are given; hats: by default the oracle's."""
     module = module or kernels()
     found = dict(zip(layer_oracle.FORWARD, module.rnn_layer_fwd(*layer.fwd_arguments()), strict=True))
     if grads is not None:
-        hats = layer_oracle.hats(layer_oracle.forward(layer), layer) if layer.norm_hh is not None else (None,) * 4
+        if hats is None:
+            hats = layer_oracle.hats(layer_oracle.forward(layer), layer) if layer.norm_hh is not None else (None,) * 4
         arguments = layer.bwd_arguments(grads, found["output"], found["c_all"], found["kept"], hats)
         found |= zip(layer_oracle.BACKWARD, module.rnn_layer_bwd(*arguments), strict=True)
     return found
@@ -98,36 +107,32 @@ def check(layer, grads=None, module=None):
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode, case", EVERY)
 def test_values_and_gradients(mode, case, design):
-    check(layer_case(mode, **CASES[case]))
+    check(layer_case(mode, **(CASES | OF_LSTM)[case]))
 
 
-@pytest.mark.parametrize("mode, case", [("rnn_relu", "norms"), ("gru", "norms and masks"), ("lstm", "norms and masks")])
-def test_normed_values_and_gradients(mode, case, design):
-    check(layer_case(mode, **NORM_CASES[case]))
-
-
-@pytest.mark.parametrize("case", LSTM_CASES)
-def test_projected_values_and_gradients(case, design):
-    check(layer_case("lstm", **LSTM_CASES[case]))
-
-
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ("gru", "lstm"))
 def test_half_precision(mode, design):
     check(layer_case(mode, dtype=torch.float16, **VARLEN))
 
 
-@pytest.mark.parametrize("mode", ("rnn_relu", "gru", "lstm"))
-def test_norms_in_half_precision(mode, design):
-    states = 5 if mode == "lstm" else None
-    check(layer_case(mode, dtype=torch.float16, time=3, lengths=[2, 0, 3], norm=True, states=states))
+@pytest.mark.parametrize("mode, states", (("gru", None), ("lstm", 5)))
+def test_norms_in_half_precision(mode, states, design):
+    check(layer_case(mode, dtype=torch.float16, time=2, lengths=[2, 0], batch=2, norm=True, states=states))
 
 
 @pytest.mark.parametrize("mode", ("rnn_tanh", "rnn_relu"))
 def test_expected_zoneout_of_an_rnn_in_half_precision(mode, design):
     check(layer_case(mode, dtype=torch.float16, time=3, zoneout=0.4))
+
+
+@pytest.mark.parametrize("mode, extras", (("gru", {}), ("lstm", {"norm": True, "states": 3, "zoneout": 0.3})), ids=str)
+def test_what_a_reset_discards_may_be_nan(mode, extras, design):
+    layer = layer_case(mode, time=2, **extras)
+    layer.resets, layer.h0 = torch.ones(2, 3, dtype=torch.bool), torch.full_like(layer.h0, float("nan"))
+    layer.c0 = None if layer.c0 is None else torch.full_like(layer.c0, float("nan"))
+    assert all(value.isfinite().all() for value in check(layer).values())
 
 
 @pytest.mark.parametrize("given", range(4), ids=("output", "h_n", "c_n", "c_all"))
@@ -141,26 +146,16 @@ def test_one_step_of_one_unit(mode, design):
     check(layer_case(mode, time=1, hidden=1, directions=2))
 
 
-@pytest.mark.parametrize("mode", ("gru", "lstm"))
-def test_a_row_alone_is_what_it_is_in_a_batch(mode, design, monkeypatch):
+@pytest.mark.parametrize("mode, extras", (("gru", {}), ("lstm", {"norm": True, "states": 3})), ids=("plain", "extras"))
+def test_a_row_alone_is_what_it_is_in_a_batch(mode, extras, design, monkeypatch):
     use(kernels(), design, monkeypatch, rows=2)
-    layer = layer_case(mode, time=2, batch=3)
-    grads, hidden = random_grads(layer), layer.h0.size(-1)
-    whole = check(layer, grads)
-    alone = layer_case(mode, time=2, batch=1)
-    alone.w_hh, alone.b_hn = layer.w_hh, layer.b_hn
-    alone.gi = layer.gi.view(2, 3, *layer.gi.shape[1:])[:, 2].contiguous()
-    alone.h0, alone.c0 = layer.h0[:, 2:], None if layer.c0 is None else layer.c0[:, 2:]
-    mine = [
-        grads[0].view(2, 3, hidden)[:, 2].contiguous(),
-        *(None if g is None else g[:, 2:] for g in grads[1:3]),
-        None if grads[3] is None else grads[3].view(1, 2, 3, hidden)[:, :, 2].contiguous(),
-    ]
-    found = run(alone, mine)
-    assert torch.equal(found["output"], whole["output"].view(2, 3, hidden)[:, 2])
-    assert torch.equal(found["slopes"], whole["slopes"].view(2, 3, *whole["slopes"].shape[1:])[:, 2])
-    for name in ("h_n", "c_n", "dh0", "dc0"):
-        assert torch.equal(found[name], whole[name][:, 2:] if whole[name].numel() else whole[name])
+    layer = layer_case(mode, time=2, batch=3, **extras)
+    grads = dict(zip(layer_oracle.FORWARD, random_grads(layer)))
+    hats = dict(zip(layer_oracle.HATS, layer_oracle.hats(layer_oracle.forward(layer), layer)))
+    whole = run(layer, tuple(grads.values()), hats=hats.values())
+    mine, my_hats = ([of_row(layer, name, t, 2) for name, t in part.items()] for part in (grads, hats))
+    for name, value in run(row(layer, 2), mine, hats=my_hats).items():
+        assert torch.equal(value, of_row(layer, name, whole[name], 2)), name
 
 
 @pytest.mark.parametrize("mode", ("rnn_relu", "lstm"))
@@ -182,11 +177,11 @@ def test_saturated_gates(design):
     assert all(value.isfinite().all() for value in check(layer).values())
 
 
-@pytest.mark.parametrize("mode", ("gru", "lstm"))
-def test_the_planned_tiles(mode):
-    """100 units in one launch, 130 units step by step: sizes that fill no tile."""
-    for hidden in (100, 130):
-        check(layer_case(mode, time=2, hidden=hidden, dtype=torch.float16))
+@pytest.mark.parametrize("mode, hidden, is_fused", (("lstm", 50, True), ("gru", 130, False)), ids=str)
+def test_the_planned_tiles(mode, hidden, is_fused):
+    """Of sizes that fill none."""
+    assert kernels().plan(mode, hidden, None, "half", True, False, False, (9, 0)).is_fused == is_fused
+    check(layer_case(mode, time=2, batch=2, hidden=hidden, dtype=torch.float16))
 
 
 def test_nothing_to_do():
@@ -218,7 +213,7 @@ def test_projection(dtype):
 WHOLE = {
     "plain": ("gru", set(), torch.float32),
     "normed": ("rnn_relu", {"norm", "zoneout"}, torch.float32),
-    "projected": ("lstm", {"masks", "zones"}, torch.float16),
+    "packed": ("lstm", {"masks", "zones"}, torch.float16),
     "everything": ("lstm", {"norm", "masks", "zones"}, torch.float32),
     "everything in a half type": ("gru", {"norm", "masks", "zoneout"}, torch.float16),
 }
@@ -228,7 +223,7 @@ WHOLE = {
 def test_a_whole_call(what):
     """Two layers, both directions, through the driver."""
     mode, extras, dtype = WHOLE[what]
-    check_extras("triton", mode, extras, dtype, "cpu", packs=what == "projected")
+    check_extras("triton", mode, extras, dtype, "cpu", packs=what == "packed")
 
 
 @pytest.mark.parametrize("case", ({}, {"norm": True, "states": 3}), ids=("plain", "projected and normed"))
@@ -287,6 +282,11 @@ MUTANTS = {
     "the old state's share is lost": (
         "rnn_tanh", "fused", "expected zoneout", "* b_d, zoneout * b_d", "* b_d, tl.zeros_like(b_d)"
     ),
+    "a zone is turned round": ("gru", "steps", "zoneout", "!= 0, b_old, b_new)", "!= 0, b_new, b_old)"),
+    "the old c has no share": ("lstm", "steps", "expected zoneout", "b_dc + b_passed_c, b_into", "b_dc, b_into"),
+    "c after zoneout is c before it": (
+        "lstm", "fused", "expected zoneout", "tanh(b_kept[1] * b_c_before + b_kept[0] * b_kept[2])", "tanh(b_c)"
+    ),
     "a norm's slope keeps its mean": ("rnn_tanh", "fused", "norms", "b_d[i] - b_mean[:, None]", "b_d[i]"),
     "norms meet the wrong gates": ("gru", "fused", "norms", "= 1 if MODE", "= 0 if MODE"),
     "a row's mean is its last tile's": ("gru", "steps", "norms", "b_sum_hat += summed", "b_sum_hat = summed"),
@@ -325,4 +325,4 @@ def test_a_wrong_kernel_is_caught(name, tmp_path, monkeypatch):
     wrong = mutant(tmp_path, name, old, new)
     use(wrong, design, monkeypatch)
     with pytest.raises(AssertionError, match="error"):
-        check(layer_case(mode, **(CASES | NORM_CASES | LSTM_CASES)[case]), module=wrong)
+        check(layer_case(mode, **(CASES | OF_LSTM)[case]), module=wrong)

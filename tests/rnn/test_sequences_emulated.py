@@ -6,12 +6,12 @@ import torch
 import fused_ops
 from tests.emulation import capability, needs_emulator
 from tests.rnn.common import MODES, Case
-from tests.rnn.gpu_sequences import WHAT, check, check_a_row_alone, check_extras, check_packed
+from tests.rnn.gpu_sequences import check, check_a_row_alone, check_extras, check_packed
 
 pytestmark = needs_emulator
 
 
-@pytest.mark.parametrize("what", WHAT)
+@pytest.mark.parametrize("what", ("plain", "lengths and resets"))
 @pytest.mark.parametrize("mode, dtype", list(zip(MODES, (torch.bfloat16, torch.float16) * 2)), ids=str)
 def test_values_and_gradients(mode, dtype, what):
     check("cuda", mode, dtype, what, "cpu")
@@ -44,9 +44,16 @@ def test_a_compiled_graph():
     assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
 
 
+def hollow(hidden: int, proj: int = 0) -> list[torch.Tensor]:
+    """An LSTM's call of the right shapes, without memory behind them."""
+    rows, features = 4 * hidden, proj or hidden
+    shapes = [(1, 1, 1), (1, 1, features), (1, 1, hidden), (rows, 1), (rows, features), (rows,), (rows,)]
+    return [torch.zeros((), dtype=torch.float16).expand(s) for s in (*shapes, *([(proj, hidden)] if proj else []))]
+
+
 def test_it_is_taken_by_name_only_and_says_what_it_cannot_serve():
-    def explained(case, *, backend=None, **keywords):
-        rows = fused_ops.explain(case.flat, *case.tensors(), backend=backend, **keywords).rows
+    def explained(case, *, backend=None, tensors=None, **keywords):
+        rows = fused_ops.explain(case.flat, *(tensors or case.tensors()), backend=backend, **keywords).rows
         return {name.split()[0]: (name, verdict, reason) for name, verdict, reason in rows}["cuda"]
 
     half = Case("lstm", dtype=torch.float16)
@@ -56,8 +63,9 @@ def test_it_is_taken_by_name_only_and_says_what_it_cannot_serve():
     for case, keywords, said in (
         (Case("lstm", dtype=torch.float32), {}, "TF32"),
         (Case("lstm", dtype=torch.float64), {}, "takes float32, float16 and bfloat16"),
-        (Case("lstm", 1, 1, 1, 4000, dtype=torch.float16, proj=2000), {}, "hidden size 4000"),
-        (Case("lstm", 1, 1, 1, 3000, dtype=torch.float16), {}, "hidden size 3000"),
+        (Case("lstm"), {"tensors": hollow(4000, 2000)}, "hidden size 4000"),
+        (Case("lstm"), {"tensors": hollow(3000)}, "hidden size 3000"),
+        (Case("lstm"), {"tensors": hollow(5, 6)}, "at most as many features"),
     ):
         _, verdict, reason = explained(case, backend="cuda", **keywords)
         assert verdict == "refused" and said in reason

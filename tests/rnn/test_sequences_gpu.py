@@ -5,7 +5,7 @@ import torch
 
 from tests.rnn.common import MODES
 from tests.rnn.gpu_sequences import WHAT, check, check_a_row_alone, check_extras, check_packed
-from tests.rnn.test_layers_gpu import BACKENDS, TRITON
+from tests.rnn.test_layers_gpu import BACKENDS
 
 pytestmark = pytest.mark.gpu
 
@@ -29,6 +29,6 @@ def test_rows(backend, mode):
 @pytest.mark.parametrize("extras", (("norm",), ("masks", "zones"), ("norm", "masks", "zoneout")), ids="+".join)
 @pytest.mark.parametrize("hidden", (5, 200))
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("backend", TRITON)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_extras(backend, mode, hidden, extras, packs):
     check_extras(backend, mode, extras, torch.bfloat16, "cuda", packs, hidden)
