@@ -1,26 +1,23 @@
-"""Chains inside modules somebody else wrote, run as one op in evaluation.
+"""Chains: convolutions inside modules somebody else wrote that are one op with what follows them.
 
 A chain is [ZeroPad2d →] Conv2d [→ BatchNorm2d] [→ + residual] [→ activation], of two links at least, each the only
-reader of the one before. What a module's forward calls is read off a trace (`fused_ops.tracing`), and a generated
-forward makes the same calls with every chain as one op. It runs only while what was traced still holds: the same
-children and hooks, the same constants, evaluation, no gradient; otherwise the module's own forward does.
-
-A chain belongs to the smallest module whose forward, its nn.Sequentials included, makes all of the chain's calls.
+reader of the one before but for nn.Identity. A subclass of BatchNorm2d counts if its own forward is traced to be a
+batch norm, alone or with the activation. A chain belongs to the smallest module whose forward, its nn.Sequentials and
+what has no forward included, makes all of the chain's calls.
 """
 
+import inspect
 import operator
 from collections.abc import Iterator
-from functools import wraps
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fused_ops.conv import blocks
-from fused_ops.tracing import IN_PLACE, Untraceable, compiled, is_sequential, original, trace
+from fused_ops.tracing import IN_PLACE, Trace, Untraceable, is_sequential, original, trace
 
-_PLAN = "_fused_ops_plan"
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _CHANGES_THE_FIRST = {operator.iadd, "add_"}
 _FUNCTIONS = {
@@ -42,6 +39,7 @@ class Chain(NamedTuple):
     bn: fx.Node | None = None
     add: fx.Node | None = None
     activation: str | None = None
+    norm: Trace | None = None  # of the forward of a batch norm of somebody's
 
     @property
     def residual(self) -> fx.Node | None:
@@ -49,111 +47,40 @@ class Chain(NamedTuple):
         if self.add is None:
             return None
         a, b = self.add.args
-        return b if a in self.nodes else a
+        return a if self.residual_first else b
+
+    @property
+    def residual_first(self) -> bool:
+        return self.add is not None and self.add.args[0] not in self.nodes
 
     @property
     def name(self) -> str:
         return "+".join(_name(node) for node in self.nodes)
 
-    @property
-    def owner(self) -> tuple[str, ...]:
-        """Where the smallest module is that makes all of its calls."""
-        paths = [node.target.split(".")[:-1] if node.op == "call_module" else [] for node in self.nodes]
-        return tuple(_shared_beginning(paths))
 
-
-def _shared_beginning(paths: list[list[str]]) -> Iterator[str]:
+def belongs_to(chain: Chain, module: nn.Module) -> bool:
+    """Whether `module`, whose trace it is of, is the smallest with a forward that makes all of its calls."""
+    paths = [node.target.split(".")[:-1] if node.op == "call_module" else [] for node in chain.nodes]
     for names in zip(*paths):
         if len(set(names)) > 1:
-            return
-        yield names[0]
+            break
+        module = getattr(module, names[0])
+        if not _has_no_forward(module):
+            return False
+    return True
 
 
 def _name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else node.target.__name__
 
 
-class Plan:
-    """How to run a module's forward with its chains as one op each, and when.
-
-    Args:
-        module: what was traced.
-        chains: as `find` found them in `graph`, the trace of its evaluation; constants: what the trace read.
-    """
-
-    def __init__(self, module: nn.Module, graph: fx.Graph, chains: list[Chain], constants: dict[str, object]):
-        self.names = tuple(chain.name for chain in chains)
-        self.arity = len([node for node in graph.nodes if node.op == "placeholder"])
-        self.constants = tuple(constants.items())
-        called = [node for chain in chains for node in chain.nodes if node.op == "call_module"]
-        self.members = tuple(dict.fromkeys(module.get_submodule(node.target) for node in called))
-        self.activations = tuple(_activations(chains, module))
-        self.forward = compiled(_rewritten(graph, chains))
-
-    def serves(self, module: nn.Module, args: tuple, kwargs: dict) -> bool:
-        """Whether a call does what was traced."""
-        if kwargs or len(args) != self.arity or module.training or blocks.global_hooks():
-            return False
-        for arg in args:
-            if type(arg) is not Tensor:
-                return False
-        for part, activation in self.activations:
-            if blocks.activation_of(part) != activation:
-                return False
-        for name, value in self.constants:
-            if getattr(module, name) != value:
-                return False
-        return not (torch.is_grad_enabled() and self._needs_grad(args))
-
-    def _needs_grad(self, args: tuple) -> bool:
-        tensors = (*args, *(param for part in self.members for param in part.parameters(recurse=False)))
-        return any([tensor.requires_grad for tensor in tensors])
-
-
-def _containers(module: nn.Module) -> Iterator[nn.Module]:
-    """The module, and below it every child that only holds others."""
-    yield module
-    for child in module._modules.values():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or (child is not None and is_sequential(child)):
-            yield from _containers(child)
-
-
-def _content(part: nn.Module) -> tuple:
-    """What a trace of a container's owner depends on: its children, and which of its tensors are there."""
-    children = [
-        (name, id(child), type(child), child is None or blocks.untouched(child))
-        for name, child in part._modules.items()
-    ]
-    return *children, *[(name, param is None) for name, param in part._parameters.items()]
-
-
-def _activations(chains: list[Chain], module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    for chain in chains:
-        if chain.activation and chain.nodes[-1].op == "call_module":
-            yield module.get_submodule(chain.nodes[-1].target), chain.activation
-
-
-def _rewritten(graph: fx.Graph, chains: list[Chain]) -> fx.Graph:
-    """The graph with each chain as one call."""
-    for chain in chains:
-        last = chain.nodes[-1]
-        with graph.inserting_after(last):
-            one = graph.call_function(blocks.run_chain)
-        with graph.inserting_before(one):
-            conv, bn, pad = (
-                node and graph.get_attr(node.target) for node in (chain.conv, chain.bn, chain.pad)
-            )  # fmt: skip
-        last.replace_all_uses_with(one)
-        one.args = (conv, bn, chain.nodes[0].args[0], chain.residual, chain.activation, pad)
-        for node in reversed(chain.nodes):
-            graph.erase_node(node)
-    graph.lint()
-    return graph
-
-
 def find(graph: fx.Graph, module: nn.Module) -> tuple[list[Chain], list[str]]:
-    """The chains of a trace of `module`, and for convolutions that look like the start of one why they are not."""
+    """The chains of a trace of `module`, and for convolutions that look like the start of one why they are not.
+
+    nn.Identities without hooks are taken out of `graph`.
+    """
     chains, refusals, taken = [], [], set()
+    _skip_identities(graph, module)
     for node in graph.nodes:
         conv = _called(node, module)
         if conv is None or not blocks.plain_convolution(conv):
@@ -168,7 +95,17 @@ def find(graph: fx.Graph, module: nn.Module) -> tuple[list[Chain], list[str]]:
             refusals.append(f"{whole.name}: {_hazard(whole, module)}")
         elif len(node.users) > 1 and any(isinstance(_called(user, module), nn.BatchNorm2d) for user in node.users):
             refusals.append(f"{node.target}: its result has a second reader")
+        elif isinstance(bn := _called(_only_reader(node), module), nn.BatchNorm2d) and type(bn) is not nn.BatchNorm2d:
+            refusals.append(f"{node.target}: a {type(bn).__name__} follows, which is more than a BatchNorm2d")
     return chains, refusals
+
+
+def _skip_identities(graph: fx.Graph, module: nn.Module) -> None:
+    for node in graph.nodes:
+        called = _called(node, module)
+        if type(called) is nn.Identity and blocks.untouched(called) and isinstance(node.args[0], fx.Node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _chain(node: fx.Node, conv: nn.Conv2d, module: nn.Module, taken: set[fx.Node]) -> Chain:
@@ -180,11 +117,14 @@ def _chain(node: fx.Node, conv: nn.Conv2d, module: nn.Module, taken: set[fx.Node
         return None if found in taken else found
 
     bn, before = following(), node.args[0]
-    if isinstance(called := _called(bn, module), nn.Module) and blocks.follows(conv, called, in_any_mode=True):
-        chain = chain._replace(nodes=(node, bn), bn=bn)
+    called = _called(bn, module)
+    if called is not None and blocks.normalises(called, conv) and (after := _after_norm(called)) is not None:
+        chain = chain._replace(nodes=(node, bn), bn=bn, activation=after[0], norm=after[1])
         pad = _called(before, module)
         if pad is not None and len(before.users) == 1 and blocks.pads(pad, conv):
             chain = chain._replace(nodes=(before, node, bn), pad=before)
+    if chain.activation is not None:
+        return chain
     add = following()
     if chain.pad is None and not isinstance(conv.padding, str) and _adds_to(chain.nodes[-1], add):
         chain = chain._replace(nodes=(*chain.nodes, add), add=add)
@@ -192,6 +132,32 @@ def _chain(node: fx.Node, conv: nn.Conv2d, module: nn.Module, taken: set[fx.Node
     if (activation := _activation(last, module)) is not None:
         chain = chain._replace(nodes=(*chain.nodes, last), activation=activation)
     return chain
+
+
+def _after_norm(bn: nn.BatchNorm2d) -> tuple[str | None, Trace | None] | None:
+    """The activation, if any, that ends a forward that begins as BatchNorm2d's, and the trace that shows it.
+
+    Of BatchNorm2d itself (None, None); None for a class that does anything else.
+    """
+    if type(bn) is nn.BatchNorm2d:
+        return None, None
+    try:
+        seen = trace(bn, training=False, grad=False, ndim=4)
+    except Untraceable:
+        return None
+    _skip_identities(seen.graph, bn)
+    image, *nodes, end = [node for node in seen.graph.nodes if node.op != "get_attr"]
+    if not nodes or nodes[0].target is not F.batch_norm or len(nodes) > 2 or end.args[0] is not nodes[-1]:
+        return None
+    given = inspect.signature(F.batch_norm).bind(*nodes[0].args, **nodes[0].kwargs).arguments
+    own = [getattr(given.get(name), "target", None) for name in ("running_mean", "running_var", "weight", "bias")]
+    held = [None if getattr(bn, name) is None else name for name in ("running_mean", "running_var", "weight", "bias")]
+    if given["input"] is not image or own != held or given.get("training") or given.get("eps", 1e-5) != bn.eps:
+        return None
+    if len(nodes) == 1:
+        return None, seen
+    activation = _activation(nodes[1], bn) if nodes[1].all_input_nodes == [nodes[0]] else None
+    return None if activation is None else (activation, seen)
 
 
 def _without_last(chain: Chain) -> Chain:
@@ -243,17 +209,30 @@ def _hazard(chain: Chain, module: nn.Module) -> str | None:
     """Why the chain's calls may not all move to where its last one is."""
     if any(len(node.users) != 1 for node in chain.nodes[:-1]):
         return "a result inside it has a second reader"
-    source, between = chain.nodes[0].args[0], False
-    for node in chain.conv.graph.nodes:
-        if node is chain.nodes[0]:
-            between = True
-        elif node is chain.nodes[-1]:
-            return None
-        elif not between or node in chain.nodes:
+    nodes = list(chain.conv.graph.nodes)
+    source = _memory([chain.nodes[0].args[0]], module)
+    for node in nodes[nodes.index(chain.nodes[0]) : nodes.index(chain.nodes[-1])]:
+        if node in chain.nodes:
             continue
-        elif _writes(node, module) or (source in node.all_input_nodes and _unknown(node, module)):
+        if _writes(node, module) or (_unknown(node, module) and source & _memory(node.all_input_nodes, module)):
             return f"{_name(node)} may change a value it reads"
     return None
+
+
+def _memory(nodes: list[fx.Node], module: nn.Module) -> set[fx.Node | str]:
+    """What the values of nodes may share memory with, down to layers that always make new memory and to arguments."""
+    found, waiting = set(), list(nodes)
+    while waiting:
+        node = waiting.pop()
+        layer = node.op == "call_module" and isinstance(module.get_submodule(node.target), _MAKE_NEW_MEMORY)
+        inputs = [] if layer and not _unknown(node, module) else node.all_input_nodes
+        waiting += inputs
+        if not inputs:
+            found.add("the arguments" if node.op == "placeholder" else node)
+    return found
+
+
+_MAKE_NEW_MEMORY = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear)
 
 
 def _writes(node: fx.Node, module: nn.Module) -> bool:
@@ -267,112 +246,33 @@ def _writes(node: fx.Node, module: nn.Module) -> bool:
 
 
 def _unknown(node: fx.Node, module: nn.Module) -> bool:
-    """Whether a node calls a module that is not torch's own."""
-    if node.op != "call_module":
+    """Whether what a node calls is neither torch's nor Python's own."""
+    if node.op == "call_module":
+        return not type(module.get_submodule(node.target)).__module__.startswith(("torch.nn.", "fused_ops."))
+    if node.op != "call_function":
         return False
-    return not type(module.get_submodule(node.target)).__module__.startswith(("torch.nn.", "fused_ops."))
+    home = getattr(node.target, "__module__", None) or ""
+    return not f"{home}.".startswith(("torch.", "_operator.", "builtins.")) or home.startswith("torch._ops.")
+
+
+def containers(module: nn.Module) -> Iterator[nn.Module]:
+    """The module, and below it every child that only holds others."""
+    yield module
+    for child in module._modules.values():
+        if child is not None and (_has_no_forward(child) or is_sequential(child)):
+            yield from containers(child)
+
+
+def _has_no_forward(module: nn.Module) -> bool:
+    return original(module).forward is nn.Module.forward
 
 
 def has_candidates(module: nn.Module) -> bool:
-    """Whether `module` calls convolutions by itself or through its nn.Sequentials."""
-    parts = [child for part in _containers(module) for child in part._modules.values()]
-    return any(child is not None and blocks.plain_convolution(child) for child in parts)
+    """Whether `module` calls convolutions by itself or through modules that only hold others."""
+    parts = [child for part in containers(module) for child in part._modules.values()]
+    return not _has_no_forward(module) and any(child is not None and blocks.plain_convolution(child) for child in parts)
 
 
 def sharded(module: nn.Module) -> bool:
     """Whether parameters of its own are spread over processes (FSDP, tensor parallelism)."""
     return any(hasattr(param, "placements") for param in module.parameters(recurse=False))
-
-
-def plan(module: nn.Module) -> tuple[Plan | None, list[str]]:
-    """How `module` runs with its own chains as one op each (None: it has none), and what looked like one and is not."""
-    parts = [child for part in _containers(module) for child in part._modules.values()]
-    if any(sharded(part) for part in parts if part is not None):
-        return None, ["sharded: fuse before fully_shard"]
-    try:
-        (graph, constants), (other, _), (training, _) = (
-            trace(module, training=mode, grad=grad) for mode, grad in ((False, False), (False, True), (True, True))
-        )
-    except Untraceable as reason:
-        named = any(isinstance(part, nn.BatchNorm2d) for part in parts)
-        return None, [str(reason)] if named else []
-    chains, refusals = find(graph, module)
-    if str(other) != str(graph):
-        return None, ["its forward does something else where gradients are wanted"]
-    always = {chain.name for chain in find(training, module)[0]}
-    refusals += [f"{chain.name}: only in evaluation" for chain in chains if chain.name not in always]
-    chains = [chain for chain in chains if chain.name in always]
-    own = any(chain.owner == () for chain in chains)
-    return Plan(module, graph, chains, constants) if own else None, refusals if own or not chains else []
-
-
-class FusedForward:
-    """What `fused_class` puts before a class."""
-
-    _fused_from: type
-
-    def __reduce_ex__(self, protocol):
-        """As its own class would be; the plan is made again from what comes out of the copy or the file."""
-        _, _, state, *rest = super().__reduce_ex__(protocol)
-        state = {name: value for name, value in state.items() if name != _PLAN}
-        return _new, (self._fused_from,), state, *rest
-
-
-def _new(kind: type) -> nn.Module:
-    fused = fused_class(kind)
-    return fused.__new__(fused)
-
-
-_CLASSES: dict[type, type] = {}
-
-
-def fused_class(kind: type) -> type:
-    """A subclass of `kind` that runs the plan of each instance where it serves the call."""
-    if kind not in _CLASSES:
-        own = kind.forward
-
-        @wraps(own)
-        def forward(self, *args, **kwargs):
-            found = _plan_of(self)
-            if found is not None and found.serves(self, args, kwargs):
-                return found.forward(self, *args)
-            return own(self, *args, **kwargs)
-
-        names = {"__module__": kind.__module__, "__doc__": kind.__doc__, "_fused_from": kind, "forward": forward}
-        _CLASSES[kind] = type(f"Fused{kind.__name__}", (FusedForward, kind), names)
-    return _CLASSES[kind]
-
-
-def _plan_of(module: nn.Module) -> Plan | None:
-    """Its plan, made anew for a copy, and where its children or their hooks are others."""
-    seen, found = vars(module).get(_PLAN, (None, None))
-    if seen is not None and all([_content(part) == content for part, content in seen]):
-        return found
-    if torch.compiler.is_compiling():
-        return None
-    return _keep(module, plan(module)[0])
-
-
-def _keep(module: nn.Module, found: Plan | None) -> Plan | None:
-    vars(module)[_PLAN] = tuple((part, _content(part)) for part in _containers(module)), found
-    return found
-
-
-def attach(module: nn.Module, found: Plan) -> type:
-    """Give `module` its generated forward; returns its new class."""
-    module.__class__ = fused_class(type(module))
-    _keep(module, found)
-    return type(module)
-
-
-def members(module: nn.Module) -> tuple[nn.Module, ...]:
-    """The modules that its chains call."""
-    found = _plan_of(module)
-    return () if found is None else found.members
-
-
-def detach(module: nn.Module) -> None:
-    """Take it away again, if there is one."""
-    if isinstance(module, FusedForward):
-        module.__class__ = original(module)
-        vars(module).pop(_PLAN, None)

@@ -12,9 +12,9 @@ from torch import nn
 from fused_ops import chains
 from fused_ops import nn as fused
 from fused_ops.conv import blocks
-from fused_ops.fuse import _LEAVES
+from fused_ops.fuse import LEAVES
 
-_TWINS = {kind: new for old, (new, _) in _LEAVES.items() for kind in (old, new)}
+_TWINS = {kind: new for old, (new, _) in LEAVES.items() for kind in (old, new)}
 _RECURRENT = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
 _ARGUMENTS = {fused.RNN: (*_RECURRENT, "nonlinearity"), fused.GRU: _RECURRENT, fused.LSTM: (*_RECURRENT, "proj_size")}
 _LISTS = {"_flat_weights", "_flat_weight_refs"}  # of an RNN's parameters
@@ -53,7 +53,7 @@ def convert(module: nn.Module) -> nn.Module:
     parts = list(module.modules())
     places = Counter(child for part in parts for child in part._modules.values())
     compiled = [part._modules.get("_orig_mod") for part in parts]  # whose parent calls it by a bound method
-    done = {part: part for part in compiled if type(part) in _LEAVES}
+    done = {part: part for part in compiled if type(part) in LEAVES}
     return _converted(module, done, {part for part, count in places.items() if count > 1})
 
 
@@ -70,7 +70,7 @@ def _converted(module: nn.Module, done: dict[nn.Module, nn.Module], shared: set[
 
 def _twin(module: nn.Module) -> nn.Module | None:
     """What replaces `module`, if it is of a type that has a twin and is just what its constructor made."""
-    if type(module) in _LEAVES and _movable(module):
+    if type(module) in LEAVES and _movable(module):
         with suppress(Exception):  # settings that no constructor takes
             twin = _built(module)
             if _agrees(twin, module):

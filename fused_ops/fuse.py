@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fused_ops import chains
+from fused_ops import chains, plans
 from fused_ops import nn as fused
 from fused_ops.core.dispatch import OPS
+from fused_ops.tracing import watched
 
 # Only exact types are swapped: a subclass may mean something else by forward.
-_LEAVES: dict[type, tuple[type, tuple[str, ...]]] = {
+LEAVES: dict[type, tuple[type, tuple[str, ...]]] = {
     nn.RNN: (fused.RNN, ("rnn_tanh", "rnn_relu")),
     nn.GRU: (fused.GRU, ("gru",)),
     nn.LSTM: (fused.LSTM, ("lstm",)),
@@ -77,41 +78,43 @@ def fuse(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     allowed = [(fqn, module) for fqn, module in model.named_modules() if filter_fn is None or filter_fn(module, fqn)]
-    rows: list[Row] = []
-    inside_chain: set[nn.Module] = set()
-    for fqn, module in allowed:
-        rows += _fuse_chains(fqn, module, inside_chain)
+    rows, planned, inside_chain = [], [], set()
+    with watched():
+        for fqn, module in allowed:
+            if isinstance(module, plans.FusedForward):
+                inside_chain.update(plans.members(module))
+            elif chains.has_candidates(module):
+                found, refusals, parts = plans.plan(module)
+                rows += [Row(fqn, type(module), None, "", reason) for reason in refusals]
+                if found is not None:
+                    planned.append((fqn, module, found, parts))
+                    inside_chain.update(found.members)
     for fqn, module in allowed:
         row = None if module in inside_chain else _fuse_leaf(fqn, module)
         if row is not None:
             rows.append(row)
+    rows += [_fuse_chains(fqn, module, found) for fqn, module, found, _ in planned]
+    for _, module, found, parts in planned:  # what it depends on now is what its children have become
+        plans.remember(module, found, parts)
     order = {fqn: place for place, (fqn, _) in enumerate(allowed)}
-    return Report(sorted(rows, key=lambda row: order[row.fqn]))
+    return Report(sorted(rows, key=lambda row: (order[row.fqn], row.new is None)))
 
 
-def _fuse_chains(fqn: str, module: nn.Module, inside_chain: set[nn.Module]) -> list[Row]:
-    if isinstance(module, chains.FusedForward):
-        inside_chain.update(chains.members(module))
-        return []
-    if not chains.has_candidates(module):
-        return []
-    old, (plan, refusals) = type(module), chains.plan(module)
-    rows = [Row(fqn, old, None, "", reason) for reason in refusals]
-    if plan is not None:
-        inside_chain.update(plan.members)
-        rows.insert(0, Row(fqn, old, chains.attach(module, plan), _backends("conv2d"), ", ".join(plan.names)))
-    return rows
+def _fuse_chains(fqn: str, module: nn.Module, found: plans.Plan) -> Row:
+    old = type(module)
+    module.__class__ = plans.fused_class(old)
+    return Row(fqn, old, type(module), _backends("conv_bn_act2d"), ", ".join(found.names))
 
 
 def _fuse_leaf(fqn: str, module: nn.Module) -> Row | None:
     old = type(module)
-    if old in _LEAVES and not chains.sharded(module):
-        new, ops = _LEAVES[old]
+    if old in LEAVES and not chains.sharded(module):
+        new, ops = LEAVES[old]
         module.__dict__[_ORIGINAL] = old
         module.__class__ = new
         return Row(fqn, old, new, _backends(*ops), "same parameters, fused forward")
-    base = next((known for known in _LEAVES if isinstance(module, known)), None)
-    if base is not None and not isinstance(module, tuple(new for new, _ in _LEAVES.values())):
+    base = next((known for known in LEAVES if isinstance(module, known)), None)
+    if base is not None and not isinstance(module, tuple(new for new, _ in LEAVES.values())):
         why = "sharded: fuse before fully_shard" if chains.sharded(module) else f"a subclass of {base.__name__}"
         return Row(fqn, old, None, "", why)
     return None
@@ -124,7 +127,8 @@ def _backends(*ops: str) -> str:
 def unfuse(model: nn.Module) -> nn.Module:
     """Give every module that `fuse` changed its class back, in place. Returns `model`."""
     for module in model.modules():
-        chains.detach(module)
+        plans.detach(module)
         if _ORIGINAL in module.__dict__:
-            module.__class__ = module.__dict__.pop(_ORIGINAL)
+            old = module.__dict__.pop(_ORIGINAL)
+            module.__class__ = plans.without(type(module), LEAVES[old][0], old)
     return model

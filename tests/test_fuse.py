@@ -1,14 +1,21 @@
 """fuse(): what it swaps, what it leaves alone, and that everything about the model stays as it was."""
 
+import abc
 import copy
+import gc
 import io
+import pickle
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import fused_ops
 from tests.support import randn
+from tests.test_chains import Block, ops_of, sequential, trained
+from tests.test_plans import FAST, agree, fused
 
 
 class Tagger(nn.Module):
@@ -165,3 +172,129 @@ def test_fusing_twice_changes_nothing_more(model):
 def test_a_bad_model_is_named():
     with pytest.raises(TypeError, match="model must be"):
         fused_ops.fuse(3)
+
+
+@pytest.mark.parametrize("make", (Block, sequential))
+def test_copies_and_pickles(make):
+    module = trained(make())
+    x = randn(2, 4 if make is Block else 3, 8, 8)
+    plain = copy.deepcopy(module)
+    fused_ops.fuse(module)
+    value, ops = ops_of(module, x)
+    for twin in (copy.deepcopy(module), copy.copy(module), pickle.loads(pickle.dumps(module))):
+        assert type(twin) is type(module)
+        found, again = ops_of(twin, x)
+        assert torch.equal(found, value) and again == ops
+        fused_ops.unfuse(twin)
+        assert type(twin) is type(plain) and vars(twin).keys() == vars(plain).keys()
+
+
+def test_traced_and_exported_graphs_have_only_torchs_operators():
+    module, plain = fused(trained(Block(shortcut=True)))
+    x, larger = randn(2, 4, 6, 6), randn(3, 4, 9, 7)
+    with torch.no_grad():
+        traced = torch.jit.trace(module, x)
+        scripted = torch.jit.script(module)
+        exported = torch.export.export(module, (x,))
+        for run in (traced, scripted, exported.module(), torch.fx.symbolic_trace(module)):
+            agree(run(x), plain(x))
+        agree(traced(larger), plain(larger))
+    assert "fused_ops::" not in str(traced.inlined_graph) + str(exported.graph)
+
+
+def test_nothing_keeps_a_module_alive():
+    module, _ = fused(trained(Block()))
+    module.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        module(randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last))
+    alive = weakref.ref(module), weakref.ref(module.conv1.weight)
+    gc.disable()
+    try:
+        del module
+        assert alive[0]() is None and alive[1]() is None
+    finally:
+        gc.enable()
+
+
+class Reduces(Block):
+    def __reduce__(self):
+        return Reduces, ()
+
+
+class KeepsState(Block):
+    def __getstate__(self):
+        return "mine", self.__dict__.copy()
+
+    def __setstate__(self, state):
+        self.__dict__.update(state[1])
+
+
+class CopiesItself(Block):
+    def __deepcopy__(self, memo):
+        twin = type(self).__new__(type(self))
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
+
+
+class Registers(Block):
+    known = ()
+
+    def __init_subclass__(cls, *, tag):
+        Registers.known += (tag,)
+
+
+class Abstract(Block, abc.ABC):
+    __slots__ = ("extra",)
+
+
+class Delegates(Block):
+    def __getattr__(self, name):
+        return 2.0 if name == "gain" else super().__getattr__(name)
+
+    def forward(self, x):
+        return super().forward(x) * self.gain
+
+
+@pytest.mark.parametrize("kind", (Reduces, KeepsState, CopiesItself, Registers, Abstract, Delegates))
+def test_classes_with_ways_of_their_own(kind):
+    module, plain = fused(trained(kind()))
+    x = randn(2, 4, 6, 6)
+    value, ops = ops_of(module, x)
+    assert ops == FAST and not Registers.known
+    if kind is not Reduces:
+        agree(value, plain(x).detach())
+    for make in (copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m, 1))):
+        twin = make(module)
+        if kind is not Reduces:
+            agree(ops_of(twin, x)[0], value)
+    assert type(fused_ops.unfuse(module)) is kind and vars(module).keys() == vars(plain).keys()
+
+
+def test_unfuse_under_a_parametrization():
+    class Half(nn.Module):
+        def forward(self, value):
+            return value / 2
+
+    class Scaled(Block):
+        def __init__(self):
+            super().__init__()
+            self.gamma = nn.Parameter(torch.ones(4, 1, 1))
+            self.last = nn.Conv1d(4, 4, 1)
+
+        def forward(self, x):
+            return self.last((super().forward(x) * self.gamma).flatten(2))
+
+    module, plain = fused(trained(Scaled()))
+    x = randn(2, 4, 6, 6)
+    for each in (module, plain):
+        parametrize.register_parametrization(each, "gamma", Half())
+        parametrize.register_parametrization(each.last, "weight", Half())
+    with torch.no_grad():
+        agree(module(x), plain(x))
+        fused_ops.unfuse(module)
+        agree(module(x), plain(x))
+        for each in (module, plain):
+            parametrize.remove_parametrizations(each, "gamma")
+            parametrize.remove_parametrizations(each.last, "weight")
+        agree(module(x), plain(x))
+    assert type(module) is Scaled and type(module.last) is nn.Conv1d

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from fused_ops.conv import arguments, functional
+from fused_ops.conv import arguments, functional, op
 
 
 def conv_bn_act(
@@ -77,10 +77,10 @@ def plain_convolution(module: nn.Module) -> bool:
     return type(module) in _CONVOLUTIONS and module.padding_mode == "zeros" and untouched(module)
 
 
-def follows(conv: nn.Conv2d, bn: nn.Module, in_any_mode: bool = False) -> bool:
+def normalises(bn: nn.Module, conv: nn.Conv2d) -> bool:
+    """Whether `bn` is a batch norm, if maybe of a class of its own, with statistics for what `conv` gives."""
     return (
-        type(bn) is nn.BatchNorm2d
-        and (in_any_mode or not bn.training)
+        isinstance(bn, nn.BatchNorm2d)
         and bn.running_mean is not None
         and bn.num_features == conv.out_channels
         and untouched(bn)
@@ -88,7 +88,7 @@ def follows(conv: nn.Conv2d, bn: nn.Module, in_any_mode: bool = False) -> bool:
 
 
 def _foldable(conv: nn.Module, bn: nn.Module) -> bool:
-    return plain_convolution(conv) and follows(conv, bn)
+    return plain_convolution(conv) and type(bn) is nn.BatchNorm2d and not bn.training and normalises(bn, conv)
 
 
 def _folded(
@@ -124,30 +124,42 @@ def run_chain(
     conv: nn.Conv2d,
     bn: nn.BatchNorm2d | None,
     input: Tensor,
-    residual: Tensor | None,
-    activation: str | None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
     pad: nn.ZeroPad2d | None = None,
+    residual_first: bool = False,
 ) -> Tensor:
-    """act(bn(conv(pad(input))) + residual) of modules that are plain: one op, if `bn` uses its running statistics."""
-    if (bn is not None and bn.training) or (residual is not None and not _fits(residual, conv, input)):
+    """act(bn(conv(pad(input))) + residual), or residual + ..., of modules without hooks in evaluation.
+
+    One op, unless its result would differ from that of the calls one by one, which then are made.
+    """
+    if (
+        conv.padding_mode != "zeros"
+        or (bn is not None and (bn.running_mean is None or input.dim() != 4))
+        or (pad is not None and not pads(pad, conv))
+        or (residual is not None and not _fits(residual, conv, input, residual_first))
+    ):
         y = conv(input if pad is None else pad(input))
-        y = y if bn is None else bn(y)
-        return functional.reference.epilogue(y if residual is None else y + residual, None, None, None, activation, 2)
+        y = y if bn is None else nn.BatchNorm2d.forward(bn, y)
+        y = y if residual is None else residual + y if residual_first else y + residual
+        return functional.reference.epilogue(y, None, None, None, activation, 2)
     if bn is not None:
         return _folded(conv, bn, input, residual, activation, pad)
-    if residual is None and activation is None:
-        return conv(input)
     return functional.conv2d(
         input, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups,
         residual=residual, activation=activation,
     )  # fmt: skip
 
 
-def _fits(residual: object, conv: nn.Conv2d, input: Tensor) -> bool:
-    """Whether adding `residual` changes neither the shape nor the dtype of a convolution's result."""
+def _fits(residual: object, conv: nn.Conv2d, input: Tensor, first: bool) -> bool:
+    """Whether a sum with `residual` is a convolution's result in shape, dtype and memory format."""
     if type(residual) is not Tensor or residual.dtype != input.dtype or input.dim() != 4:
         return False
-    return residual.shape == arguments.output_shape(input, conv.weight, conv.stride, conv.padding, conv.dilation)
+    if isinstance(conv.padding, str):
+        return False
+    if residual.shape != arguments.output_shape(input, conv.weight, conv.stride, conv.padding, conv.dilation):
+        return False
+    return not first or residual.is_contiguous(memory_format=op.output_format(input, conv.weight))
 
 
 def batch_norm_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:

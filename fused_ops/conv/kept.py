@@ -5,25 +5,31 @@ PyTorch pays it in every call. What is kept here is checked against the values i
 weights' memory reads them once, and no write, by whatever way, is missed.
 """
 
+import weakref
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fused_ops.core.library import define
 
 
 class Folded(NamedTuple):
-    """weight ⋆ x + shift is the convolution and its batch norm. made_of: a fingerprint, and how it was laid out."""
+    """weight ⋆ x + shift is the convolution and its batch norm.
+
+    made_of: a fingerprint, and how it was laid out; alive: drops it with the memory of either source.
+    """
 
     made_of: tuple
     weight: Tensor
     shift: Tensor
+    alive: tuple[weakref.ref, ...]
 
 
-# By the weight they were made of, which they do not outlive.
-_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# By where the convolution's weight and the batch norm's mean lie. The references are to memory: one to a tensor would
+# keep torch from swapping it for another.
+_kept: dict[tuple[int, ...], Folded] = {}
 
 define(
     "fingerprint_cpu(Tensor[] tensors, int lanes=16) -> int",
@@ -38,18 +44,26 @@ def folded(
 
     Args:
         scale_shift: makes (scale, shift) where nothing is kept.
-        sources: the tensors, or None, that `scale_shift` reads.
+        sources: the tensors, or None, that `scale_shift` reads; the first is there.
         geometry: stride, padding, dilation, groups; eps: what else `scale_shift` depends on.
     """
     tensors = [t if _dense(t) else t.contiguous() for t in (weight, bias, *sources) if t is not None]
-    present = tuple(t is not None for t in (bias, *sources))
-    how = (eps, present, geometry, weight.stride(), input.stride(1) == 1)
+    present = tuple([t is not None for t in (bias, *sources)])
+    how = (eps, present, geometry, weight.shape, weight.stride(), input.stride(1) == 1)
     made_of = (torch.ops.fused_ops.fingerprint_cpu(tensors), how)
-    found = _kept.get(weight)
+    memory = weight.untyped_storage(), sources[0].untyped_storage()
+    place = (memory[0]._cdata, weight.storage_offset(), memory[1]._cdata, sources[0].storage_offset())
+    found = _kept.get(place)
     if found is None or found.made_of != made_of:
         with torch.inference_mode(False), torch.no_grad():
-            found = _kept[weight] = Folded(made_of, *_fold(input, weight, bias, *scale_shift(), geometry))
+            laid_out, shift = _fold(input, weight, bias, *scale_shift(), geometry)
+        alive = tuple([weakref.ref(storage, partial(_drop, place)) for storage in memory])
+        found = _kept[place] = Folded(made_of, laid_out, shift, alive)
     return found.weight, found.shift
+
+
+def _drop(place: tuple[int, ...], _: weakref.ref) -> None:
+    _kept.pop(place, None)
 
 
 def _fold(input, weight, bias, scale, shift, geometry) -> tuple[Tensor, Tensor]:

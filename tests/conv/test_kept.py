@@ -132,7 +132,20 @@ WRITES = {
     "training": lambda m: m.train()(image(4, 8, 9, 9, seed=5)) is m.eval(),
     "another layout": lambda m: m.to(memory_format=torch.contiguous_format),
     "a state dict": lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}),
+    "a fused optimizer": lambda m: stepped(m, torch.optim.SGD(m.parameters(), lr=0.5, fused=True)),
+    "a swap": lambda m: swapped(m),
 }
+
+
+def stepped(model, optimizer):
+    model(image(2, 8, 9, 9)).square().sum().backward()
+    optimizer.step()
+
+
+def swapped(model):
+    """As torch moves parameters under set_swap_module_params_on_conversion: no reference may be in its way."""
+    with torch.no_grad():
+        torch.utils.swap_tensors(model.conv.weight, nn.Parameter(model.conv.weight.flip(0) * 2))
 
 
 @pytest.mark.parametrize("write", WRITES)
@@ -155,13 +168,50 @@ def test_kept_weights_are_used_and_die_with_the_weight():
     with torch.inference_mode():
         first = model(x)
     (entry,) = kept._kept.values()
+    assert entry.weight.dtype == entry.shift.dtype == torch.float32
     assert torch.equal(on_the_cpu_backend(model, x), first)  # made in inference mode, used outside of it
     assert next(iter(kept._kept.values())) is entry
     model(x).sum().backward()
     assert model.conv.weight.grad is not None
+    model.bn.running_mean = model.bn.running_mean.clone()
+    assert not kept._kept
+    on_the_cpu_backend(model, x)
     del model
     gc.collect()
     assert not kept._kept
+
+
+def test_folds_are_float32_at_least():
+    for dtype, wanted in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64,) * 2):
+        bn = nn.BatchNorm2d(4).to(dtype)
+        nn.init.normal_(bn.weight), bn.running_var.fill_(0.3)
+        scale, shift = op.folded(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
+        assert scale.dtype == shift.dtype == wanted
+        exact = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
+        torch.testing.assert_close(scale.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_a_convolution_before_several_batch_norms_is_laid_out_once_for_each(monkeypatch):
+    class Shared(Chain):
+        def __init__(self):
+            super().__init__(padding=1)
+            self.other = nn.BatchNorm2d(16).eval()
+
+        def forward(self, x):
+            return self.act(self.bn(self.conv(x))) + self.act(self.other(self.conv(x)))
+
+    plain, x, folds, fold = Shared(), image(2, 8, 9, 9), [], kept._fold
+
+    def counted(*args):
+        folds.append(args)
+        return fold(*args)
+
+    monkeypatch.setattr(kept, "_fold", counted)
+    model = fused(plain)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+    assert len(folds) == 2
 
 
 def test_a_weight_with_gaps():
