@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_ops
-from fused_ops.core.errors import ArgumentError
+from fused_ops.models.checks import check_shape, check_sizes
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,9 @@ class AttentionConfig:
     concat_input: bool = False
     bias: bool = True
 
+    def __post_init__(self):
+        check_sizes(self, "d_model", "d_k", "num_heads")
+
 
 class Attention(nn.Module):
     r"""output = Concat(context_1, …, context_h[, x])·W_o with context_i = softmax(Q_i·K_iᵀ/√d_k)·V_i.
@@ -30,6 +33,9 @@ class Attention(nn.Module):
         d_k: features of a head's queries, keys and values.
         num_heads: h.
         config: `concat_input` (False by default) and `bias` (True), by keyword.
+
+    Raises:
+        ValueError: a size is less than 1; x, context or the mask has another shape.
 
     Source: Vaswani et al. 2017, section 3.2; the form with Concat(context, x): Luong et al. 2015, equation 5.
     """
@@ -59,9 +65,8 @@ class Attention(nn.Module):
             is_causal: query i sees the keys up to i; not together with a mask.
         """
         context = x if context is None else context
-        for name, tensor in (("x", x), ("context", context)):
-            if tensor.dim() != 3 or tensor.size(-1) != self.config.d_model:
-                raise ArgumentError(name, f"of shape (batch, length, {self.config.d_model})", tuple(tensor.shape))
+        check_shape("x", x, "batch", "length", self.config.d_model)
+        check_shape("context", context, x.size(0), "length", self.config.d_model)
         q, k, v = (
             projected.unflatten(-1, (self.config.num_heads, self.config.d_k)).transpose(1, 2)
             for projected in (self.w_q(x), self.w_k(context), self.w_v(context))

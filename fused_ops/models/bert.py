@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 import fused_ops
 from fused_ops.core.errors import ArgumentError
-from fused_ops.models import language
+from fused_ops.models import checks
 from fused_ops.models.checkpoint import Pretrained
 from fused_ops.models.language import ACTIVATIONS
+
+_POSITIONS = "*embeddings.position_ids"  # 0, 1, 2, … in checkpoints from before transformers 4.31
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,10 @@ class BERTConfig:
     add_pooling_layer: bool = True
 
     def __post_init__(self):
-        language.check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
-        language.check_heads("num_attention_heads", self.hidden_size, self.num_attention_heads)
+        checks.check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
+        checks.check_heads("num_attention_heads", self.hidden_size, self.num_attention_heads)
+        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
+            raise ArgumentError("pad_token_id", f"in a vocabulary of {self.vocab_size}, or None", self.pad_token_id)
         if self.id2label is not None and len(self.id2label) != self.num_labels:
             object.__setattr__(self, "id2label", None)
 
@@ -102,9 +106,9 @@ def layout(attention_mask: Tensor | None, input_ids: Tensor) -> Padded | Packed:
     """How the rows lie. Packed only where each starts with a token: poolers read the first place."""
     if attention_mask is None:
         return Padded(input_ids.shape, None)
-    language.check_attention_mask(attention_mask, input_ids.shape)
+    checks.check_shape("attention_mask", attention_mask, *input_ids.shape)
     mask = attention_mask != 0
-    if language.readable(mask) and mask.numel():
+    if checks.readable(mask) and mask.numel():
         if mask.all():
             return Padded(mask.shape, None)
         if not torch.is_grad_enabled() and mask[:, 0].all():
@@ -184,7 +188,6 @@ class BERTModel(Pretrained):
     config_class = BERTConfig
     model_type = "bert"
     fixed = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}  # noqa: RUF012
-    ignored = ("*embeddings.position_ids", "*pooler.*", "cls.*", "classifier.*", "qa_outputs.*")
 
     def __init__(self, config: BERTConfig | None = None, **fields):
         super().__init__()
@@ -221,6 +224,7 @@ class BERT(BERTModel):
     """
 
     architecture = "BertModel"
+    ignored = (_POSITIONS, "pooler.*", "cls.*", "classifier.*", "qa_outputs.*")
 
     def __init__(self, config: BERTConfig | None = None, **fields):
         super().__init__(config, **fields)
@@ -253,10 +257,10 @@ class BERT(BERTModel):
     def encode(self, input_ids, attention_mask, token_type_ids, position_ids) -> tuple[Tensor, Padded | Packed]:
         """The hidden states as they lie in `rows`, and `rows`, which unpacks them."""
         config = self.config
-        language.check_indices("input_ids", input_ids, None, config.vocab_size)
+        checks.check_indices("input_ids", input_ids, None, config.vocab_size)
         if token_type_ids is not None:
-            language.check_indices("token_type_ids", token_type_ids, input_ids.shape, config.type_vocab_size)
-        position_ids = language.positions(position_ids, input_ids, config.max_position_embeddings)
+            checks.check_indices("token_type_ids", token_type_ids, input_ids.shape, config.type_vocab_size)
+        position_ids = checks.positions(position_ids, input_ids, config.max_position_embeddings)
         rows = layout(attention_mask, input_ids)
         types = None if token_type_ids is None else rows.pack(token_type_ids)
         x = self.embeddings(rows.pack(input_ids), types, rows.pack(position_ids))
@@ -266,7 +270,10 @@ class BERT(BERTModel):
 
 
 class MaskedLMHead(nn.Module):
-    """logits = E·LayerNorm(act(W·x + b)) + c, E the word embeddings."""
+    """logits = E·LayerNorm(act(W·x + b)) + c, E the word embeddings.
+
+    Untied, `decoder` has an E and a c of its own, and `bias`, which transformers writes all the same, is not used.
+    """
 
     def __init__(self, config: BERTConfig):
         super().__init__()
@@ -274,9 +281,9 @@ class MaskedLMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
         self.transform = nn.ModuleDict({"dense": nn.Linear(hidden, hidden), "LayerNorm": norm})
-        device = "meta" if config.tie_word_embeddings else None
-        self.decoder = nn.Linear(hidden, config.vocab_size, device=device)
-        self.decoder.bias = self.bias
+        self.decoder = nn.Linear(hidden, config.vocab_size, device="meta" if config.tie_word_embeddings else None)
+        if config.tie_word_embeddings:
+            self.decoder.bias = self.bias
         self.hidden_act = config.hidden_act
 
     def forward(self, x: Tensor) -> Tensor:
@@ -287,6 +294,7 @@ class BERTForMaskedLM(BERTModel):
     """BERT that scores every token of the vocabulary at every place."""
 
     architecture = "BertForMaskedLM"
+    ignored = (_POSITIONS, "bert.pooler.*", "cls.seq_relationship.*", "classifier.*", "qa_outputs.*")
 
     def __init__(self, config: BERTConfig | None = None, **fields):
         super().__init__(config, **fields)
@@ -307,6 +315,7 @@ class BERTForSequenceClassification(BERTModel):
     """BERT whose pooled output is classified."""
 
     architecture = "BertForSequenceClassification"
+    ignored = (_POSITIONS, "cls.*", "qa_outputs.*")
 
     def __init__(self, config: BERTConfig | None = None, **fields):
         super().__init__(config, **fields)
@@ -336,6 +345,7 @@ class BERTForQuestionAnswering(BERTModel):
     """BERT that scores every place as the start and as the end of the answer."""
 
     architecture = "BertForQuestionAnswering"
+    ignored = (_POSITIONS, "bert.pooler.*", "cls.*", "classifier.*")
 
     def __init__(self, config: BERTConfig | None = None, **fields):
         super().__init__(config, **fields)

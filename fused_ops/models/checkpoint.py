@@ -6,7 +6,8 @@ Layout of a folder: config.json beside model.safetensors or pytorch_model.bin, o
 
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -56,14 +57,19 @@ def _read_file(file: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a torn pickle raises whatever it likes
-        reason = str(error).strip().partition("\n")[0]
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's message goes on with how to run it
+        reason = f"it asks for {code[1]}" if code else str(error).strip().partition(". ")[0] or type(error).__name__
         raise ArgumentError("path", "a whole file of nothing but tensors", f"{file}: {reason}") from error
     if not isinstance(state, dict):
         raise ArgumentError("path", "a file that holds a state dict", f"{file}, a {type(state).__name__}")
-    odd = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+    return check_state("path", state, f"{file} with ")
+
+
+def check_state(argument: str, state: Mapping[str, Tensor], source: str = "") -> dict[str, Tensor]:
+    """A copy of `state`, which holds tensors and nothing else."""
+    odd = [f"{key}: {type(value).__name__}" for key, value in state.items() if not isinstance(value, Tensor)]
     if odd:
-        found = ", ".join(f"{key}: {type(value).__name__}" for key, value in list(odd.items())[:_LISTED])
-        raise ArgumentError("path", "a file that holds a state dict, tensors by key", f"{file} with {found}")
+        raise ArgumentError(argument, "a state dict, tensors by key", f"{source}{_listed(odd)}")
     return dict(state)
 
 
@@ -71,7 +77,7 @@ def _read_shards(folder: Path, index: str) -> dict[str, Tensor]:
     places = _read_json(folder / index).get("weight_map")
     if not isinstance(places, dict):
         raise ArgumentError("path", "a folder whose index has a weight_map", f"{folder / index} without one")
-    shards = sorted(set(places.values()))
+    shards = sorted({str(name) for name in places.values()})
     lost = [name for name in shards if Path(name).name != name or not (folder / name).is_file()]
     if lost:
         raise ArgumentError("path", f"a folder with every shard of {index}", f"{folder} without {_listed(lost)}")
@@ -127,7 +133,7 @@ def load_into(
     unlike = [
         f"{key} {_described(state[key])} instead of {_described(tensor)}"
         for key, tensor in own.items()
-        if key in state and _kind(state[key]) != _kind(tensor)
+        if key in state and _described(state[key]) != _described(tensor)
     ]
     complaints = {
         "missing": missing,
@@ -143,12 +149,11 @@ def load_into(
             own[key].copy_(state[key])
 
 
-def _kind(tensor: Tensor) -> tuple[torch.Size, bool]:
-    return tensor.shape, tensor.is_floating_point()
-
-
 def _described(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)}" if tensor.is_floating_point() else f"{tuple(tensor.shape)} {tensor.dtype}"
+    """What has to agree: the shape, the dtype unless it is a floating one, that the values lie there one by one."""
+    dtype = "" if tensor.is_floating_point() else f" {tensor.dtype}"
+    layout = "" if tensor.layout == torch.strided else f" {tensor.layout}"
+    return f"{tuple(tensor.shape)}{dtype}{layout}{' without values' if tensor.is_meta else ''}"
 
 
 def _matches(key: str, patterns: Iterable[str]) -> bool:
@@ -234,7 +239,7 @@ class Pretrained(nn.Module):
             if found.get(name, value) != value:
                 raise ArgumentError("path", f"a checkpoint with {name} {value!r}", f"{path} with {found[name]!r}")
         names = {field.name for field in fields(cls.config_class)}
-        if "id2label" in found and "num_labels" in names:
+        if isinstance(found.get("id2label"), dict) and "num_labels" in names:
             found["num_labels"] = len(found["id2label"])
         return {name: value for name, value in found.items() if name in names}
 

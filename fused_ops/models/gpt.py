@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fused_ops
 from fused_ops.core.errors import ArgumentError
-from fused_ops.models import language
+from fused_ops.models import checks
 from fused_ops.models.checkpoint import Pretrained
 from fused_ops.models.language import ACTIVATIONS, Head
 from fused_ops.models.sampling import check_sampling, sample
@@ -52,8 +52,8 @@ class GPTConfig:
     tie_word_embeddings: bool = True
 
     def __post_init__(self):
-        language.check_choice("activation_function", self.activation_function, ACTIVATIONS)
-        language.check_heads("n_head", self.n_embd, self.n_head)
+        checks.check_choice("activation_function", self.activation_function, ACTIVATIONS)
+        checks.check_heads("n_head", self.n_embd, self.n_head)
 
 
 class Causal:
@@ -218,11 +218,11 @@ class GPT(Pretrained):
                 is longer than the position table.
         """
         config = self.config
-        language.check_indices("input_ids", input_ids, None, config.vocab_size)
-        position_ids = language.positions(position_ids, input_ids, config.n_positions)
+        checks.check_indices("input_ids", input_ids, None, config.vocab_size)
+        position_ids = checks.positions(position_ids, input_ids, config.n_positions)
         if attention_mask is not None:
-            language.check_attention_mask(attention_mask, input_ids.shape)
-            if language.readable(attention_mask) and attention_mask.all():
+            checks.check_shape("attention_mask", attention_mask, *input_ids.shape)
+            if checks.readable(attention_mask) and attention_mask.all():
                 attention_mask = None
         return self.lm_head(self._hidden(input_ids, position_ids, Causal(attention_mask)))
 
@@ -271,9 +271,9 @@ class GPT(Pretrained):
         Source: top_k: Fan et al. 2018, section 5.1; top_p: Holtzman et al. 2020, section 3.1.
         """
         check_sampling(max_new_tokens, temperature, top_k, top_p)
-        language.check_indices("ids", ids, None, self.config.vocab_size)
+        checks.check_indices("ids", ids, None, self.config.vocab_size)
         prompt, lengths = left_aligned(ids, attention_mask)
-        language.check_length("ids", prompt.size(1), self.config.n_positions)
+        checks.check_length("ids", prompt.size(1), self.config.n_positions)
         most = self.config.n_positions + 1 - prompt.size(1)
         if max_new_tokens > most:
             wanted = f"at most {most} after {prompt.size(1)} tokens (the position table has {self.config.n_positions})"
@@ -292,12 +292,13 @@ class GPT(Pretrained):
         x = self._hidden(prompt, places, cache)[torch.arange(ids.size(0), device=ids.device), lengths - 1]
         for place in range(ids.size(1), out.size(1)):
             token = sample(self.lm_head(x), temperature, top_k, top_p, generator).to(ids.dtype)
+            shown = token
             if ends:
-                token = token.masked_fill(done, pad)
+                shown = token.masked_fill(done, pad)
                 done |= torch.isin(token, endings)
-            out[:, place] = token
+            out[:, place] = shown
             if stream is not None:
-                stream(token)
+                stream(shown)
             if place + 1 == out.size(1) or (ends and done.all()):
                 break
             x = self._hidden(token[:, None], cache.advance()[:, None], cache)[:, 0]
@@ -311,7 +312,7 @@ def left_aligned(ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Te
         if length == 0:
             raise ArgumentError("ids", "at least one token long", tuple(ids.shape))
         return ids, torch.full((batch,), length, device=ids.device)
-    language.check_attention_mask(attention_mask, ids.shape)
+    checks.check_shape("attention_mask", attention_mask, *ids.shape)
     mask = attention_mask != 0
     lengths, places = mask.sum(1), torch.arange(length, device=ids.device)
     starts = mask.int().argmax(1) if length else lengths

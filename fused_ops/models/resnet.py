@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import fused_ops
 from fused_ops.conv.blocks import conv_bn_act
 from fused_ops.core.errors import ArgumentError
-from fused_ops.models.checkpoint import load_into, read_state, write_state
+from fused_ops.models.checkpoint import check_state, load_into, read_state, write_state
+from fused_ops.models.checks import check_choice, check_shape
 
 # depth -> (blocks of each of the four stages, whether they are bottlenecks)
 _DEPTHS = {
@@ -46,10 +47,8 @@ class ResNetConfig:
     zero_init_residual: bool = False
 
     def __post_init__(self):
-        if self.depth not in _DEPTHS:
-            raise ArgumentError("depth", f"one of {', '.join(map(str, _DEPTHS))}", self.depth)
-        if self.stem not in _STEMS:
-            raise ArgumentError("stem", " or ".join(_STEMS), repr(self.stem))
+        check_choice("depth", self.depth, _DEPTHS)
+        check_choice("stem", self.stem, _STEMS)
 
 
 def _conv(in_channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Conv2d:
@@ -158,8 +157,9 @@ class ResNet(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """What the classifier averages: (batch, 512 or 2048, height / 32, width / 32), by 8 with the "cifar" stem."""
         channels = self.config.in_channels
-        if images.dim() != 4 or images.size(1) != channels or 0 in images.shape[2:]:
-            raise ArgumentError("images", f"of shape (batch, {channels}, height, width)", tuple(images.shape))
+        check_shape("images", images, "batch", channels, "height", "width")
+        if 0 in images.shape[2:]:
+            raise ArgumentError("images", "at least a pixel high and wide", tuple(images.shape))
         if not images.is_floating_point():
             raise ArgumentError("images", "normalised floating point values", images.dtype)
         x = conv_bn_act(self.conv1, self.bn1, images, activation="relu")
@@ -185,7 +185,7 @@ class ResNet(nn.Module):
                 truncated.
         """
         argument = "state" if isinstance(source, Mapping) else "path"
-        state = dict(source) if isinstance(source, Mapping) else read_state(source)
+        state = check_state(argument, source) if isinstance(source, Mapping) else read_state(source)
         config = _config_of(state, argument)
         fresh = _COUNTED
         if num_classes not in (None, config.num_classes):
@@ -199,9 +199,10 @@ class ResNet(nn.Module):
         """Write the weights as torchvision and timm read them: into a file, safetensors or torch.save's by its suffix.
 
         Args:
-            path: *.safetensors, or *.pth or *.pt.
+            path: *.safetensors, or *.pth or *.pt; its folder is made if need be.
         """
         path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
             write_state(path, self.state_dict())
         elif path.suffix in (".pth", ".pt"):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 import fused_ops
-from fused_ops.core.errors import ArgumentError
+from fused_ops.models.checks import check_choice, check_shape
 
 _KINDS = {"lstm": fused_ops.nn.LSTM, "gru": fused_ops.nn.GRU, "rnn": fused_ops.nn.RNN}
 
@@ -22,8 +22,7 @@ class RNNConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        if self.kind not in _KINDS:
-            raise ArgumentError("kind", f"one of {', '.join(_KINDS)}", self.kind)
+        check_choice("kind", self.kind, _KINDS)
 
 
 class RNN(nn.Module):
@@ -36,7 +35,7 @@ class RNN(nn.Module):
         config: `kind` ("lstm" by default, "gru", "rnn") and `dropout` (between layers, 0 by default), by keyword.
 
     Raises:
-        ValueError: `kind` is unknown; errors of `fused_ops.nn.LSTM` in its arguments and inputs.
+        ValueError: `kind` is unknown, the input has another shape; what `fused_ops.nn.LSTM` finds wrong with them.
 
     Source: Hochreiter and Schmidhuber 1997, with the forget gate of Gers et al. 2000.
     """
@@ -52,6 +51,7 @@ class RNN(nn.Module):
 
         lengths: (batch,), steps of each sequence; what lies past them is not read. Default: all.
         """
+        check_shape("input", input, "batch", "time", self.config.input_size)
         states = self.rnn(input, lengths=lengths)[1]
         h_n = states[0] if isinstance(states, tuple) else states
         return self.fc(h_n.select(0, -1))

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 import fused_ops
 from fused_ops.core.errors import ArgumentError
-from fused_ops.models.language import check_choice, check_heads, check_indices, check_length, readable
+from fused_ops.models.checks import (
+    check_choice,
+    check_heads,
+    check_indices,
+    check_length,
+    check_shape,
+    check_sizes,
+    readable,
+)
 
 _KINDS = ("encoder", "encoder-decoder")
 
@@ -45,6 +53,7 @@ class TransformerConfig:
     max_length: int = 512
 
     def __post_init__(self):
+        check_sizes(self, "vocab_size", "hidden_size", "num_layers", "max_length")
         check_choice("kind", self.kind, _KINDS)
         check_choice("activation", self.activation, ("relu", "gelu"))
         if self.num_heads is not None:
@@ -132,8 +141,7 @@ class Transformer(nn.Module):
         decodes = self.config.kind == "encoder-decoder"
         if decodes != isinstance(tgt, Tensor):
             raise ArgumentError("tgt", "a Tensor of tokens" if decodes else "None: there is no decoder", tgt)
-        x, hidden = self._embedded("src", src), self._padding(src, lengths)
-        memory = self.encoder(x, src_key_padding_mask=hidden)
+        memory, hidden = self._encoded(src, lengths)
         if decodes:
             return self._decoded(tgt, memory, hidden)
         if hidden is None:
@@ -143,11 +151,18 @@ class Transformer(nn.Module):
 
     def encode(self, src: Tensor, lengths: Tensor | None = None) -> Tensor:
         """What a decoder attends to, (batch, Ls, hidden_size); arguments as in `forward`."""
-        return self.encoder(self._embedded("src", src), src_key_padding_mask=self._padding(src, lengths))
+        return self._encoded(src, lengths)[0]
 
     def decode(self, tgt: Tensor, memory: Tensor, lengths: Tensor | None = None) -> Tensor:
         """logits (batch, Lt, vocab_size) from what `encode` gave for the same `lengths`."""
+        check_shape("memory", memory, "batch", "length", self.config.hidden_size)
         return self._decoded(tgt, memory, self._padding(memory, lengths))
+
+    def _encoded(self, src: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(encoder(x_src), what is padding there). Of a row without tokens torch's encoder wants to see one."""
+        x, hidden = self._embedded("src", src), self._padding(src, lengths)
+        seen = None if hidden is None else F.pad(hidden[:, 1:], (1, 0))
+        return self.encoder(x, src_key_padding_mask=seen), hidden
 
     def _decoded(self, tgt: Tensor, memory: Tensor, hidden: Tensor | None) -> Tensor:
         y = self._embedded("tgt", tgt)

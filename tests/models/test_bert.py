@@ -11,7 +11,7 @@ from fused_ops.core.dispatch import record
 from fused_ops.models import bert
 from fused_ops.models.bert import BERT, BERTForMaskedLM, BERTForQuestionAnswering, BERTForSequenceClassification
 from tests.models.twins import assert_twins, randomise
-from tests.support import assert_accurate
+from tests.support import assert_accurate, value_and_gradients
 from tests.third_party import transformers
 
 SIZES = {
@@ -175,6 +175,12 @@ def test_copies_pickles_and_states(head):
         assert twin.cls["predictions"].decoder.bias is twin.cls["predictions"].bias
 
 
+def test_an_untied_head_scores_with_weights_of_its_own():
+    ours, theirs = pair(BERTForMaskedLM, tie_word_embeddings=False)
+    assert_twins(ours, theirs, outputs)
+    assert ours.cls["predictions"].decoder.weight is not ours.bert.embeddings.word_embeddings.weight
+
+
 def test_initial_weights():
     model = BERTForMaskedLM(**SIZES | {"vocab_size": 999, "pad_token_id": 4})
     assert model.bert.embeddings.word_embeddings.weight.std().item() == pytest.approx(0.02, rel=0.1)
@@ -233,6 +239,8 @@ def test_what_a_configuration_refuses():
         BERT(width=3)
     with pytest.raises(TypeError, match=r"input_ids must be a Tensor.*list"):
         BERT(**SIZES)([[1, 2]])
+    with pytest.raises(ValueError, match=r"pad_token_id .*vocabulary of 99.*99"):
+        BERT(**SIZES | {"pad_token_id": 99})
     with pytest.raises(ValueError, match="add_pooling_layer"):
         BERTForSequenceClassification(add_pooling_layer=False)
 
@@ -259,3 +267,12 @@ def test_minilm():
         exact = theirs.double()(ids, tokens.long())
     assert_accurate(found.last_hidden_state[tokens], exact.last_hidden_state[tokens], peers.last_hidden_state[tokens])
     assert_accurate(found.pooler_output, exact.pooler_output, peers.pooler_output)
+    few, seen = ids[:2, :12], tokens[:2, :12]
+
+    def gradients(model):
+        weights = [weight for name, weight in model.named_parameters() if ".0.attention" in name or ".5.out" in name]
+        return value_and_gradients(lambda *_: model(few, seen.long())[0][seen], weights)[1]
+
+    exact, peers = gradients(theirs), gradients(copy.deepcopy(theirs).float())
+    for grad, wanted, peer in zip(gradients(ours), exact, peers, strict=True):
+        assert_accurate(grad, wanted, peer, factor=3.0, terms=384)

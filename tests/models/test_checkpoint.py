@@ -1,5 +1,6 @@
 """Checkpoints: read as transformers writes them, written as transformers reads them, and nothing half-loaded."""
 
+import copy
 import json
 import shutil
 
@@ -9,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fused_ops.models.bert import BERT, BERTForMaskedLM, BERTForSequenceClassification
+from fused_ops.models import CNN, RNN, Attention, Transformer
+from fused_ops.models.bert import BERT, BERTForMaskedLM, BERTForQuestionAnswering, BERTForSequenceClassification
 from fused_ops.models.checkpoint import load_into, read_state, write_state
 from fused_ops.models.gpt import GPT
 from tests.models.twins import randomise
@@ -64,12 +66,15 @@ def test_what_transformers_writes_is_read(family, form, tmp_path):
     assert same(ours.state_dict(), theirs.state_dict()) and not ours.training
 
 
-@pytest.mark.parametrize("family", ("bert", "gpt", "labels"))
+@pytest.mark.parametrize("family", ("bert", "bert untied", "gpt", "gpt untied", "labels"))
 def test_what_is_written_transformers_reads(family, tmp_path):
-    if family == "gpt":
-        ours, theirs = GPT(**GPT_SIZES, eos_token_id=None, pad_token_id=3), transformers.GPT2LMHeadModel
-    elif family == "bert":
-        ours, theirs = BERTForMaskedLM(**BERT_SIZES, pad_token_id=7), transformers.BertForMaskedLM
+    tied = "untied" not in family
+    if "gpt" in family:
+        ours = GPT(**GPT_SIZES, eos_token_id=None, pad_token_id=3, tie_word_embeddings=tied)
+        theirs = transformers.GPT2LMHeadModel
+    elif "bert" in family:
+        ours = BERTForMaskedLM(**BERT_SIZES, pad_token_id=7, tie_word_embeddings=tied)
+        theirs = transformers.BertForMaskedLM
     else:
         names = {"0": "bad", "1": "fair", "2": "good"}
         ours = BERTForSequenceClassification(**BERT_SIZES, num_labels=3, id2label=names)
@@ -95,6 +100,9 @@ def test_labels_by_their_number(tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     ours = BERTForSequenceClassification.from_pretrained(tmp_path / "theirs")
     assert ours.config.num_labels == 5 and same(ours.state_dict(), theirs.state_dict())
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config | {"id2label": None, "num_labels": 5}))
+    assert same(BERTForSequenceClassification.from_pretrained(tmp_path / "theirs").state_dict(), theirs.state_dict())
     plain = BERTForSequenceClassification(**BERT_SIZES, num_labels=4)
     plain.save_pretrained(tmp_path / "ours")
     read = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "ours")
@@ -107,6 +115,9 @@ def test_an_encoder_under_a_head_and_a_head_over_an_encoder(tmp_path):
     encoder = BERT.from_pretrained(tmp_path / "head")
     assert same(encoder.state_dict(), masked.bert.state_dict())
     assert same(BERTForMaskedLM.from_pretrained(tmp_path / "head").bert.state_dict(), _without(masked.bert, "pooler."))
+    for head, fresh in ((BERTForSequenceClassification, "classifier.*"), (BERTForQuestionAnswering, "qa_outputs.*")):
+        tuned = head.from_pretrained(tmp_path / "head", fresh=(fresh,)).bert
+        assert same(tuned.state_dict(), masked.bert.state_dict() if tuned.pooler else _without(masked.bert, "pooler."))
     encoder.save_pretrained(tmp_path / "encoder")
     with pytest.raises(ValueError, match=r"2 missing: classifier\.bias, classifier\.weight$"):
         BERTForSequenceClassification.from_pretrained(tmp_path / "encoder")
@@ -118,6 +129,22 @@ def test_an_encoder_under_a_head_and_a_head_over_an_encoder(tmp_path):
 
 def _without(model, part):
     return {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(part)}
+
+
+@pytest.mark.parametrize(
+    "model, extra",
+    (
+        (BERT, "encoder.layer.2.output.dense.bias"),
+        (BERTForMaskedLM, "cls.predictions.transform.dense.wieght"),
+        (BERTForSequenceClassification, "classifier.dense.weight"),
+        (BERTForQuestionAnswering, "qa_outputs.scale"),
+    ),
+)
+def test_a_model_knows_all_that_its_own_parts_hold(model, extra, tmp_path):
+    model(**BERT_SIZES).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file(state | {extra: torch.ones(3)}, tmp_path / "model.safetensors")
+    refused(tmp_path, f"1 unexpected: (bert.)?{extra}", model)
 
 
 def test_names_of_the_oldest_checkpoints(tmp_path):
@@ -140,12 +167,62 @@ def test_names_of_the_oldest_checkpoints(tmp_path):
     assert same(GPT.from_pretrained(tmp_path).state_dict(), theirs.state_dict())
 
 
-def test_half_weights_are_read_into_float32(tmp_path):
+def test_half_weights_are_read_into_float32_and_written_as_they_are(tmp_path):
     theirs = hugging_face_gpt().bfloat16()
     theirs.save_pretrained(tmp_path)
     ours = GPT.from_pretrained(tmp_path)
     assert ours.lm_head.weight.dtype == torch.float32
-    assert same(ours.state_dict(), theirs.float().state_dict())
+    assert same(ours.state_dict(), copy.deepcopy(theirs).float().state_dict())
+    ours.bfloat16().save_pretrained(tmp_path / "ours")
+    read = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours")
+    assert read.dtype == torch.bfloat16 and same(read.state_dict(), theirs.state_dict())
+
+
+def test_links_as_in_a_cache_and_files_from_before(tmp_path):
+    theirs = hugging_face_gpt()
+    theirs.save_pretrained(tmp_path / "blobs", max_shard_size="8KB")
+    (tmp_path / "snapshot").mkdir()
+    for i, file in enumerate((tmp_path / "blobs").iterdir()):
+        (tmp_path / "snapshot" / file.name).symlink_to(file.rename(tmp_path / f"{i}"))
+    ours = GPT.from_pretrained(tmp_path / "snapshot")
+    assert same(ours.state_dict(), theirs.state_dict())
+    randomise(ours, 0.5).save_pretrained(tmp_path / "snapshot")
+    for model in (GPT, transformers.GPT2LMHeadModel):
+        assert same(model.from_pretrained(tmp_path / "snapshot").state_dict(), ours.state_dict())
+
+
+SMALL = pytest.mark.parametrize(
+    "model",
+    (
+        lambda: CNN(8),
+        lambda: RNN(3, 4, 2, 2),
+        lambda: Attention(4, 2, 2),
+        lambda: Transformer(9, 8, 1, 3),
+        lambda: Transformer(9, 8, 1, kind="encoder-decoder"),
+    ),
+    ids=("CNN", "RNN", "Attention", "Transformer encoder", "Transformer"),
+)
+
+
+@SMALL
+def test_a_file_is_read_whole_or_not_at_all(model, tmp_path):
+    ours, other, file = randomise(model()), model(), tmp_path / "model.safetensors"
+    write_state(file, ours.state_dict())
+    load_into(other, read_state(file))
+    assert same(other.state_dict(), ours.state_dict())
+    randomise(other, 0.3)
+    before = {key: tensor.clone() for key, tensor in other.state_dict().items()}
+    foreign = ours.state_dict() | {"head.weight": torch.ones(2)}
+    key = next(iter(foreign))
+    with pytest.raises(
+        ValueError, match=rf"(?s)weights of a {type(ours).__name__}, got 1 missing: {key}; .*head.weight"
+    ):
+        load_into(other, {name: tensor for name, tensor in foreign.items() if name != key})
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=r"path must be a whole safetensors file"):
+        load_into(other, read_state(file))
+    assert same(other.state_dict(), before)
 
 
 class Tied(nn.Module):
@@ -177,6 +254,8 @@ def test_tied_weights():
         ({"first.bias": torch.ones(5)}, r"1 of another shape or kind: first\.bias \(5,\) instead of \(4,\)$"),
         ({"first.bias": torch.ones(4).int()}, r"first\.bias \(4,\) torch\.int32 instead of \(4,\)$"),
         ({"count": torch.tensor(2.0)}, r"count \(\) instead of \(\) torch\.int64$"),
+        ({"first.bias": torch.ones(4).to_sparse()}, r"first\.bias \(4,\) torch\.sparse_coo instead of \(4,\)$"),
+        ({"first.bias": torch.ones(4, device="meta")}, r"first\.bias \(4,\) without values instead of \(4,\)$"),
         ({"first.bias": None, "bias": torch.ones(4)}, r"missing: first\.bias; 1 unexpected: bias$"),
     ),
 )
@@ -256,6 +335,8 @@ def test_shards_that_are_not_whole(tmp_path):
     shutil.copy(tmp_path / first, tmp_path.parent / "outside.safetensors")
     with_map(places["weight_map"] | {"more.weight": "../outside.safetensors"})
     refused(tmp_path, r"every shard of .*without \.\./outside.safetensors")
+    with_map({key: 3 for key in places["weight_map"]})
+    refused(tmp_path, "every shard of .*without 3")
     with_map(places["weight_map"])
     GPT.from_pretrained(tmp_path)
     (tmp_path / first).unlink()
@@ -268,10 +349,10 @@ def test_code_in_a_checkpoint_is_not_run(folder):
     (folder / "model.safetensors").unlink()
     torch.save({"transformer.wte.weight": Spy()}, folder / "pytorch_model.bin")
     Spy.ran = False
-    refused(folder, "nothing but tensors.*pytorch_model.bin")
+    refused(folder, r"nothing but tensors.*pytorch_model.bin: it asks for tests\.models\.test_checkpoint\.Spy$")
     assert not Spy.ran
     torch.save({"transformer.wte.weight": randn(2), "epoch": 3}, folder / "pytorch_model.bin")
-    refused(folder, "state dict.*epoch: int")
+    refused(folder, "state dict.*pytorch_model.bin with epoch: int")
     torch.save([randn(2)], folder / "pytorch_model.bin")
     refused(folder, "state dict.*list")
 

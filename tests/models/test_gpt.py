@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+import string
 
 import pytest
+import tokenizers
 import torch
 from torch.nn.functional import linear, pad
 
@@ -140,15 +142,15 @@ def test_draws_are_transformers(how, masked):
 
 @pytest.mark.parametrize("temperature", (1.0, 0.3, 2.5))
 @pytest.mark.parametrize("top_k", (None, 1, 7, 500))
-@pytest.mark.parametrize("top_p", (None, 1e-9, 0.3, 0.95, 1.0))
+@pytest.mark.parametrize("top_p", (None, 1e-9, 0.5, 0.95, 1.0))
 def test_restrictions_are_transformers_processors(temperature, top_k, top_p):
-    scores = 3 * randn(4, 50)
-    wanted = transformers.TemperatureLogitsWarper(temperature)(None, scores)
-    if top_k is not None:
-        wanted = transformers.TopKLogitsWarper(top_k)(None, wanted)
-    if top_p is not None:
-        wanted = transformers.TopPLogitsWarper(top_p)(None, wanted)
-    assert torch.equal(restricted(scores, temperature, top_k, top_p), wanted)
+    for scores in (3 * randn(4, 50), torch.zeros(1, 4)):  # of four equal tokens, two reach a half to the bit
+        wanted = transformers.TemperatureLogitsWarper(temperature)(None, scores)
+        if top_k is not None:
+            wanted = transformers.TopKLogitsWarper(top_k)(None, wanted)
+        if top_p is not None:
+            wanted = transformers.TopPLogitsWarper(top_p)(None, wanted)
+        assert torch.equal(restricted(scores, temperature, top_k, top_p), wanted)
 
 
 @pytest.mark.parametrize("vocabulary", (14400, 14433, 20))
@@ -185,6 +187,42 @@ def test_texts_end():
     assert torch.equal(configured.generate(IDS, 30, temperature=0, eos_token_id=()), plain)
     alone = theirs.generate(IDS[:1], max_new_tokens=30, do_sample=False, eos_token_id=ends[0], pad_token_id=0)
     assert torch.equal(ours.generate(IDS[:1], 30, temperature=0, eos_token_id=ends[0]), alone)
+
+
+@pytest.mark.parametrize("pad_token_id", (-100, 99))
+def test_what_pads_an_ended_text_need_not_be_a_token(pad_token_id):
+    ours, _ = pair()
+    plain = ours.generate(IDS, 12, temperature=0)
+    ends = [plain[0, 10].item(), 1000]
+    padded = GPT(ours.config, pad_token_id=pad_token_id).eval()
+    padded.load_state_dict(ours.state_dict())
+    found, streamed = [], []
+    for model, stream in ((ours, None), (padded, streamed.append)):
+        found.append(model.generate(IDS, 12, temperature=0, eos_token_id=ends, stream=stream))
+    assert torch.equal(found[1] == pad_token_id, found[1] != found[0]) and (found[1][0, 11:] == pad_token_id).all()
+    assert torch.equal(torch.stack(streamed, 1), found[1][:, 7:])
+    assert torch.equal(found[1][1:], plain[1:])
+
+
+def test_texts_by_tokenizers():
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    letters = tokenizers.trainers.BpeTrainer(initial_alphabet=list(string.ascii_letters), show_progress=False)
+    tokenizer.train_from_iterator([], letters)
+    tokenizer.enable_padding(direction="left")
+    ours, theirs = pair(vocab_size=tokenizer.get_vocab_size())
+    batch = tokenizer.encode_batch(["Anna", "Bo"])
+    ids, mask = (torch.tensor([getattr(row, what) for row in batch]) for what in ("ids", "attention_mask"))
+    streams, told = [tokenizers.decoders.DecodeStream() for _ in batch], ["", ""]
+
+    def tell(tokens):
+        for row, token in enumerate(tokens.tolist()):
+            told[row] += streams[row].step(tokenizer, token) or ""
+
+    found = ours.generate(ids, 20, attention_mask=mask, temperature=0, stream=tell)
+    wanted = theirs.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    assert torch.equal(found, wanted)
+    assert told == tokenizer.decode_batch(found[:, 4:].tolist()) and [len(text) for text in told] == [20, 20]
 
 
 def test_tokens_are_streamed():
@@ -253,6 +291,7 @@ def test_initial_weights():
     (
         ({"ids": IDS + 98}, r"ids .*between 0 and 98"),
         ({"ids": IDS[:, :0]}, r"ids .*one token.*\(3, 0\)"),
+        ({"ids": IDS[0]}, r"ids .*\(batch, length\).*\(7,\)"),
         ({"ids": IDS.repeat(1, 6)}, r"ids .*at most 40.*42"),
         ({"max_new_tokens": 35}, r"max_new_tokens .*at most 34 after 7 tokens.*40.*35"),
         ({"max_new_tokens": -1}, r"max_new_tokens .*0 or more.*-1"),

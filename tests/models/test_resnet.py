@@ -59,11 +59,13 @@ def test_initial_weights_are_torchvisions():
 CASES = {
     "18 cifar": (dict(depth=18, stem="cifar", in_channels=1, num_classes=7), (3, 1, 16, 12)),
     "50": (dict(depth=50), (2, 3, 33, 64)),
+    "50 timm": (dict(depth=50, library="timm"), (2, 3, 33, 64)),
 }
 
 
-@pytest.mark.parametrize("train", (False, True), ids=("eval", "train"))
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case, train", (("18 cifar", False), ("18 cifar", True), ("50", False), ("50 timm", True)), ids=str
+)
 def test_values_and_gradients(case, train):
     fields, shape = CASES[case]
     theirs, ours = pair(**fields)
@@ -83,10 +85,10 @@ def test_values_and_gradients(case, train):
 
 
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=("nchw", "nhwc"))
-@pytest.mark.parametrize("case", ("18 cifar", "50", "50 timm"))
+@pytest.mark.parametrize("case", CASES)
 def test_inference_is_one_op_per_convolution(case, layout):
-    fields, shape = CASES[case.removesuffix(" timm")]
-    theirs, ours = pair(library="timm" if "timm" in case else "torchvision", **fields)
+    fields, shape = CASES[case]
+    theirs, ours = pair(**fields)
     theirs, ours = (model.eval().to(memory_format=layout) for model in (theirs, ours))
     images = randn(*shape).contiguous(memory_format=layout)
     with torch.no_grad(), record() as choices:
@@ -143,13 +145,25 @@ def test_weights_go_both_ways(name, tmp_path):
         safetensors.torch.save_file(theirs.state_dict(), path)
         source = path
     loaded = ResNet.from_pretrained(source)
-    assert loaded.config == ResNetConfig(18) and not loaded.training
+    assert loaded.config == ResNetConfig(18) and not loaded.training and isinstance(loaded.fc.weight, nn.Parameter)
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in theirs.state_dict().items())
     if name != "state":
+        path = tmp_path / "new" / "folder" / name
         loaded.save_pretrained(path)
+        named = timm.create_model("resnet18", checkpoint_path=str(path))
+        assert all(torch.equal(named.state_dict()[key], value) for key, value in theirs.state_dict().items())
         back = torch.load(path, weights_only=True) if path.suffix == ".pth" else safetensors.torch.load_file(path)
         torchvision.models.resnet18().load_state_dict(back, strict=True)
         assert all(torch.equal(back[key], value) for key, value in theirs.state_dict().items())
+
+
+def test_a_folder_as_timm_publishes_it(tmp_path):
+    theirs = timm.create_model("resnet34", num_classes=5)
+    timm.models.save_for_hf(theirs, tmp_path, model_config={}, safe_serialization=True)
+    assert (tmp_path / "config.json").is_file()
+    loaded = ResNet.from_pretrained(tmp_path)
+    assert loaded.config == ResNetConfig(34, num_classes=5)
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in theirs.state_dict().items())
 
 
 def test_the_configuration_is_read_off_the_weights():
@@ -179,6 +193,9 @@ def test_other_architectures_are_refused(tmp_path):
         ResNet.from_pretrained({**state, "layer1.0.se.weight": randn(3)})
     with pytest.raises(ValueError, match=r"state must be the weights of a ResNet-18.*conv1.weight \(\)"):
         ResNet.from_pretrained({**state, "conv1.weight": torch.tensor(1.0)})
+    for odd in ({"state_dict": state, "epoch": 3}, {**state, "fc.bias": state["fc.bias"].numpy()}):
+        with pytest.raises(ValueError, match=r"state must be a state dict, .*(epoch: int, state_dict: |fc.bias: nd)"):
+            ResNet.from_pretrained(odd)
     with pytest.raises(ValueError, match=r"layer2.0.conv1.weight \(128, 32, 3, 3\) instead of \(128, 64, 3, 3\)"):
         ResNet.from_pretrained({**state, "layer2.0.conv1.weight": randn(128, 32, 3, 3)})
     with torch.device("meta"):
@@ -206,7 +223,7 @@ def test_other_architectures_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "fields, message",
-    ((dict(depth=20), r"depth .*18, 34, 50, 101, 152.* 20"), (dict(stem="mnist"), r"stem .*imagenet or cifar.*mnist")),
+    ((dict(depth=20), r"depth .*18, 34, 50, 101, 152.* 20"), (dict(stem="mnist"), r"stem .*imagenet, cifar.*mnist")),
 )
 def test_configurations_that_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
@@ -218,9 +235,13 @@ def test_configurations_that_are_refused(fields, message):
 def test_images_that_are_refused():
     model = ResNet(depth=18, stem="cifar", num_classes=2)
     before = copy.deepcopy(model.state_dict())
-    for shape in ((3, 8, 8), (2, 1, 8, 8), (2, 3, 8, 0)):
+    for shape in ((3, 8, 8), (2, 1, 8, 8)):
         with pytest.raises(ValueError, match=r"images .*\(batch, 3, height, width\)"):
             model(torch.ones(shape))
+    with pytest.raises(ValueError, match=r"images .*a pixel.*\(2, 3, 8, 0\)"):
+        model(torch.ones(2, 3, 8, 0))
+    with pytest.raises(TypeError, match=r"images must be a Tensor, got ndarray"):
+        model(torch.ones(2, 3, 8, 8).numpy())
     with pytest.raises(ValueError, match=r"images .*floating point.*uint8"):
         model(torch.ones(2, 3, 8, 8, dtype=torch.uint8))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

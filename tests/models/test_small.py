@@ -56,7 +56,8 @@ def test_cnn():
     model = CNN()
     assert model.fc1.in_features == 64 * 7 * 7 and model.fc1.out_features == 128 and model.fc2.out_features == 10
     check(model, plain_cnn, randn(3, 3, 28, 28))
-    check(CNN(8, in_channels=1, num_classes=3), plain_cnn, randn(1, 1, 8, 8))
+    for size in (4, 9, 30):  # a row and a column over are dropped, as max_pool2d does
+        check(CNN(size, in_channels=1, num_classes=3), plain_cnn, randn(1, 1, size, size))
 
 
 @pytest.mark.parametrize("kind", ("lstm", "gru", "rnn"))
@@ -113,20 +114,83 @@ def test_a_query_that_sees_nothing_is_zero():
     assert (output[0, 1] == 0).all() and (weights[0, :, 1] == 0).all() and (weights[0, :, 0] > 0).all()
 
 
-@pytest.mark.parametrize("model", (lambda: CNN(8), lambda: RNN(3, 4, 1, 2), lambda: Attention(4, 2, 2)))
-def test_copies_pickles_and_states(model):
-    model = model()
+def cnn():
+    return CNN(8), [randn(2, 3, 8, 8)]
+
+
+def rnn():
+    return RNN(3, 4, 2, 2), [randn(2, 5, 3), torch.tensor([5, 2])]
+
+
+def attention():
+    return Attention(4, 2, 2, concat_input=True), [randn(2, 5, 4), randn(2, 3, 4), None, False, True]
+
+
+MODELS = pytest.mark.parametrize("build", (cnn, rnn, attention), ids=lambda build: build.__name__)
+
+
+def outputs(model, inputs):
+    found = model(*inputs)
+    return (found,) if isinstance(found, torch.Tensor) else found
+
+
+@MODELS
+def test_copies_pickles_states_and_compiles(build):
+    model, inputs = build()
     twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     assert twin.config == model.config
     twin.load_state_dict(model.state_dict(), strict=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for other in (twin, compiled):
+        torch.testing.assert_close(outputs(other, inputs), outputs(model, inputs), atol=1e-5, rtol=1e-5)
 
 
-def test_what_is_refused():
-    with pytest.raises(ValueError, match=r"image_size .*multiple of 4.* 30"):
-        CNN(30)
-    with pytest.raises(ValueError, match=r"images .*\(batch, 3, 28, 28\).*\(2, 3, 32, 32\)"):
-        CNN()(randn(2, 3, 32, 32))
-    with pytest.raises(ValueError, match=r"kind .*lstm, gru, rnn.*tree"):
-        RNN(3, 4, 1, 2, kind="tree")
-    with pytest.raises(ValueError, match=r"x .*\(batch, length, 4\).*\(2, 3, 5\)"):
-        Attention(4, 2, 2)(randn(2, 3, 5))
+@MODELS
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_half_precision_and_no_rows(build, dtype):
+    model, inputs = build()
+
+    def cast(to):
+        return [x.to(dtype).to(to) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+
+    with torch.no_grad():
+        exact = outputs(copy.deepcopy(model).to(dtype).double(), cast(torch.float64))
+        for found, wanted in zip(outputs(copy.deepcopy(model).to(dtype), cast(dtype)), exact, strict=True):
+            assert found.dtype == dtype
+            assert_accurate(found, wanted, terms=100)
+        none = [x[:0] if isinstance(x, torch.Tensor) else x for x in inputs]
+        assert [x.shape for x in outputs(model, none)] == [(0, *x.shape[1:]) for x in exact]
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    (
+        (lambda: CNN(3), r"image_size must be at least 4 .*got 3"),
+        (lambda: CNN()(randn(2, 3, 32, 32)), r"images must be of shape \(batch, 3, 28, 28\), got \(2, 3, 32, 32\)"),
+        (lambda: CNN()(randn(3, 28, 28)), r"images must be of shape \(batch, 3, 28, 28\), got \(3, 28, 28\)"),
+        (lambda: CNN()([1.0]), r"images must be a Tensor, got list"),
+        (lambda: RNN(3, 4, 1, 2, kind="tree"), r"kind must be one of lstm, gru, rnn, got tree"),
+        (lambda: RNN(3, 4, 1, 2)(randn(2, 5, 4)), r"input must be of shape \(batch, time, 3\), got \(2, 5, 4\)"),
+        (lambda: RNN(3, 4, 1, 2)(randn(2, 0, 3)), r"input must be of at least one step .*got 0"),
+        (lambda: RNN(3, 4, 1, 2)(randn(2, 5, 3), torch.tensor([6, 1])), r"lengths must be between 0 and .*6, 1"),
+        (lambda: RNN(3, 4, 1, 2)(randn(2, 5, 3), torch.tensor([5])), r"lengths must be of shape \(2,\).*got \(1,\)"),
+        (lambda: Attention(4, 2, 0), r"num_heads must be at least 1, got 0"),
+        (lambda: Attention(4, 0, 2), r"d_k must be at least 1, got 0"),
+        (lambda: Attention(4, 2, 2)(randn(2, 3, 5)), r"x must be of shape \(batch, length, 4\), got \(2, 3, 5\)"),
+        (
+            lambda: Attention(4, 2, 2)(randn(2, 3, 4), randn(1, 3, 4)),
+            r"context must be of shape \(2, length, 4\), got \(1, 3, 4\)",
+        ),
+        (
+            lambda: Attention(4, 2, 2)(randn(2, 3, 4), mask=torch.ones(3, 2, dtype=torch.bool)),
+            r"mask must be broadcastable to \(2, 2, 3, 3\), got shape \(3, 2\)",
+        ),
+        (
+            lambda: Attention(4, 2, 2)(randn(2, 3, 4), mask=torch.ones(3, 3), is_causal=True),
+            r"mask must be None when is_causal",
+        ),
+    ),
+)
+def test_what_is_refused(call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()

@@ -139,6 +139,18 @@ def test_padding_has_no_influence(kind, train):
         assert all(parameter.grad.isfinite().all() for parameter in ours.parameters())
 
 
+@pytest.mark.parametrize("grad", (True, False))
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_without_a_token(kind, grad):
+    ours = pair(kind)[1].eval()
+    given = arguments(kind, (0, 0, 0))
+    with torch.set_grad_enabled(grad):
+        found = ours(**given)
+        assert torch.equal(ours(**given | {"src": tokens(3, 7, seed=9)}), found) and found.isfinite().all()
+        if kind == "encoder":
+            assert torch.equal(found, ours.fc.bias.expand(3, CLASSES))
+
+
 def test_a_decoder_sees_no_token_behind():
     ours = pair("encoder-decoder")[1].eval()
     given = arguments("encoder-decoder", (7, 3, 1))
@@ -157,6 +169,15 @@ def test_positions_are_sinusoids():
         for i in range(4):
             angle = t / 10000 ** (2 * i / 8)
             assert abs(table[t, 2 * i] - math.sin(angle)) < 1e-6 and abs(table[t, 2 * i + 1] - math.cos(angle)) < 1e-6
+
+
+def test_initial_weights():
+    model = Transformer(500, 32, 2, kind="encoder-decoder")
+    assert model.embedding.weight.std().item() == pytest.approx(32**-0.5, rel=0.05)
+    for first, second in (model.encoder.layers, model.decoder.layers):
+        for layer in (first, second):
+            assert layer.linear2.weight.std().item() == pytest.approx((2 / (32 + 128)) ** 0.5, rel=0.1)
+        assert not torch.equal(first.linear2.weight, second.linear2.weight)
 
 
 def test_dropout_is_drawn_in_training_only():
@@ -202,6 +223,10 @@ def test_inputs_that_are_refused(given, message):
         model(tokens(2, 5), tokens(2, 9))
     with pytest.raises(ValueError, match=r"tgt must be of src's batch size 2, got 3"):
         model(tokens(2, 5), tokens(3, 4))
+    with pytest.raises(ValueError, match=rf"memory must be of shape \(batch, length, {WIDTH}\), got \(2, 4, 7\)"):
+        model.decode(tokens(2, 4), randn(2, 4, 7))
+    with pytest.raises(TypeError, match=r"src must be a Tensor, got list"):
+        model([[1, 2]], tokens(1, 2))
     with pytest.raises(TypeError, match=r"lengths must be a Tensor or None, got list"):
         model(tokens(2, 5), tokens(2, 4), [5, 5])
 
@@ -214,6 +239,8 @@ def test_inputs_that_are_refused(given, message):
         (dict(activation="swish"), r"activation must be one of relu, gelu, got swish"),
         (dict(kind="encoder-decoder"), r"num_classes must be None: a decoder's classes are the vocabulary, got 5"),
         (dict(num_classes=None), r"num_classes must be a number"),
+        (dict(num_layers=0), r"num_layers must be at least 1, got 0"),
+        (dict(vocab_size=0), r"vocab_size must be at least 1, got 0"),
     ),
 )
 def test_configurations_that_are_refused(fields, message):
