@@ -1,4 +1,4 @@
-"""The main job: three pretrained models, plain and fused, on real input."""
+"""The model table: three pretrained models, plain and fused, on real input, and whole models against PyTorch's best."""
 
 import copy
 from collections.abc import Callable
@@ -8,21 +8,21 @@ import torch
 import fused_ops
 from bench.pretrained import PRETRAINED, Pretrained, WeightsMissing
 from bench.timing import measure
+from bench.whole import MODELS, TOLERANCE, Model
 from fused_ops.core import dispatch
 from tests.support import error
-
-TOLERANCE = 2e-4  # of the largest output: float32 through a whole network
 
 
 def run(device: str, seconds: float, advance=lambda label: None) -> list[dict]:
     """One dict per model: both timings, the speed-up, the largest error, the backends, every claim about the output."""
     rows = []
-    for pretrained in PRETRAINED:
-        advance(pretrained.name)
+    contests = [(model, contest) for model in MODELS if device in model.devices]
+    for model, against in (*((pretrained, compare) for pretrained in PRETRAINED), *contests):
+        advance(model.name)
         try:
-            rows.append(compare(pretrained, device, seconds))
+            rows.append(against(model, device, seconds))
         except WeightsMissing as missing:
-            rows.append({"model": pretrained.name, "missing": str(missing)})
+            rows.append({"model": model.name, "missing": str(missing)})
     return rows
 
 
@@ -34,6 +34,30 @@ def compare(pretrained: Pretrained, device: str, seconds: float) -> dict:
         for name, timing in measured.timings.items():
             row[name] = {"ms": timing.median, "p20": timing.p20, "p80": timing.p80}
         row["speedup"], row["disturbed"] = measured.ratio("fused", "PyTorch"), measured.disturbed
+    return row
+
+
+@torch.no_grad()
+def contest(model: Model, device: str, seconds: float) -> dict:
+    """The best of our forms against the best of PyTorch's eager ones, and of what torch.compile makes of it."""
+    rivals = model.build(device)
+    exact = next(iter(rivals.eager.values()))()
+    with dispatch.record() as choices:
+        values = [call() for call in rivals.ours.values()]
+    worst = max(values, key=lambda value: error(value, exact))
+    row = {"model": model.name, "backends": _backends(choices), **verdict(worst, exact, [], rivals.tolerance)}
+    if not row["correct"]:
+        return row
+    measured = measure({**rivals.ours, **rivals.eager, **rivals.compiled}, seconds=seconds, on_gpu=device == "cuda")
+    best: dict[str, str] = {}
+    for side, calls in (("fused", rivals.ours), ("PyTorch", rivals.eager), ("compile", rivals.compiled)):
+        if calls:
+            best[side] = min(calls, key=lambda name: measured.timings[name].median)
+            timing = measured.timings[best[side]]
+            row[side] = {"form": best[side], "ms": timing.median, "p20": timing.p20, "p80": timing.p80}
+    row["speedup"], row["disturbed"] = measured.ratio(best["fused"], best["PyTorch"]), measured.disturbed
+    if "compile" in best:
+        row["against_compile"] = measured.ratio(best["fused"], best["compile"])
     return row
 
 
@@ -58,10 +82,12 @@ def examine(pretrained: Pretrained, device: str) -> tuple[dict, dict[str, Callab
     return {**row, **verdict(value, exact, claims)}, rivals
 
 
-def verdict(value: torch.Tensor, exact: torch.Tensor, claims: list[tuple[str, bool]]) -> dict:
+def verdict(
+    value: torch.Tensor, exact: torch.Tensor, claims: list[tuple[str, bool]], tolerance: float = TOLERANCE
+) -> dict:
     """Whether the fused model says what PyTorch's says, and whether that is true."""
     found, scale = error(value, exact), exact.abs().max().item()
-    correct = found <= TOLERANCE * scale and all(holds for _, holds in claims)
+    correct = found <= tolerance * scale and all(holds for _, holds in claims)
     return {"error": found, "scale": scale, "claims": claims, "correct": correct}
 
 

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from bench.machine import RESULTS
+from bench.report import against_compile, backends, speedup
 from fused_ops import info
 
 README = Path(__file__).parent.parent / "README.md"
@@ -25,17 +26,16 @@ def measured(path: Path) -> str:
         f"{machine['processor']}, {machine['threads']} threads, GPU: {machine['gpu']}, torch {machine['torch']}, "
         f"{found['date']}; `{path.relative_to(README.parent)}`.",
         "",
-        "| model | PyTorch ms | fused ms | × PyTorch | max error | backends |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| model | PyTorch ms | fused ms | × PyTorch | × compile | max error | backends |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in found["models"]:
         if "missing" in row:
-            lines.append(f"| {row['model']} | – | – | – | – | {row['missing']} |")
+            lines.append(f"| {row['model']} | – | – | – | – | – | {row['missing']} |")
             continue
-        backends = ", ".join(f"{op}: {names}" for op, names in row["backends"].items()) or "PyTorch's own fused encoder"
         lines.append(
-            f"| {row['model']} | {row['PyTorch']['ms']:.2f} | {row['fused']['ms']:.2f} | {_speed(row)} "
-            f"| {row['error']:.1e} | {backends} |"
+            f"| {row['model']} | {row['PyTorch']['ms']:.2f} | {row['fused']['ms']:.2f} | {speedup(row)} "
+            f"| {against_compile(row)} | {row['error']:.1e} | {backends(row)} |"
         )
     lines += [
         "",
@@ -45,13 +45,9 @@ def measured(path: Path) -> str:
     for row in found["ops"]:
         lines.append(
             f"| `{row['op']}` | {row['shape']} | {row['dtype']} | {row['backend']} | {row['ms']:.4f} "
-            f"| {row['peer_ms']:.4f} | {row['rate']:.1f} {row['unit']} | {_speed(row)} |"
+            f"| {row['peer_ms']:.4f} | {row['rate']:.1f} {row['unit']} | {speedup(row)} |"
         )
     return "\n".join(lines)
-
-
-def _speed(row: dict) -> str:
-    return f"{row['speedup']:.2f}" + (" (disturbed)" if row["disturbed"] else "")
 
 
 def renewed(text: str) -> str:

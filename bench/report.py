@@ -7,21 +7,31 @@ from rich.table import Table
 
 
 def print_models(console: Console, rows: list[dict]) -> None:
-    table = Table("model", "PyTorch ms", "fused ms", "× PyTorch", "max error", "backends", title="Pretrained models")
+    columns = ("model", "PyTorch ms", "fused ms", "× PyTorch", "× compile", "max error", "backends")
+    table = Table(*columns, title="Models")
     for row in rows:
         if "missing" in row:
-            table.add_row(row["model"], "–", "–", "–", "–", row["missing"])
+            table.add_row(row["model"], "–", "–", "–", "–", "–", row["missing"])
         else:
-            backends = ", ".join(f"{op}: {names}" for op, names in row["backends"].items())
             table.add_row(
                 row["model"],
                 _spread(row["PyTorch"]),
                 _spread(row["fused"]),
-                _speedup(row),
+                speedup(row),
+                against_compile(row),
                 f"{row['error']:.1e}",
-                backends or "PyTorch's own fused encoder",
+                backends(row),
             )
     console.print(table)
+
+
+def backends(row: dict) -> str:
+    """Which backends served a model's ops."""
+    return ", ".join(f"{op}: {names}" for op, names in row["backends"].items()) or "PyTorch's own fused encoder"
+
+
+def against_compile(row: dict) -> str:
+    return f"{row['against_compile']:.2f}" if "against_compile" in row else "–"
 
 
 def print_ops(console: Console, rows: list[dict]) -> None:
@@ -35,7 +45,7 @@ def print_ops(console: Console, rows: list[dict]) -> None:
             f"{row['ms']:.4f}",
             f"{row['peer_ms']:.4f}",
             f"{row['rate']:.1f} {row['unit']}",
-            _speedup(row),
+            speedup(row),
             row["peer"],
         )
     console.print(table)
@@ -45,7 +55,7 @@ def _spread(timing: dict) -> str:
     return f"{timing['ms']:.2f} ({timing['p20']:.2f}–{timing['p80']:.2f})"
 
 
-def _speedup(row: dict) -> str:
+def speedup(row: dict) -> str:
     return f"{row['speedup']:.2f}" + (" (disturbed)" if row["disturbed"] else "")
 
 
