@@ -203,9 +203,10 @@ def conv_bn_act2d_cpu(
 def _better_on_onednn(input) -> bool:
     """Whether the C++ kernel for channels_last, which reads weights as they are, loses to oneDNN on kept ones.
 
-    It does where pixels are many (bench/results/cpu/conv_pointwise.json).
+    It does where pixels are many (bench/results/cpu/conv_pointwise.json), or more than a cache holds.
     """
-    return input.size(0) * input.size(2) * input.size(3) > 1024 and channels_last(input)
+    pixels = input.size(0) * input.size(2) * input.size(3)
+    return (pixels > 1024 or pixels * input.size(1) > 512 * 1024) and channels_last(input)
 
 
 def conv1d_cpu(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation):
