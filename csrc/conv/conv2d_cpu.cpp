@@ -9,6 +9,7 @@
 #include "conv/depthwise_cpu.h"
 #include "conv/pointwise_cpu.h"
 #include "conv/pointwise_last_cpu.h"
+#include "conv/winograd_cpu.h"
 
 namespace fused_ops::conv {
 namespace {
@@ -30,6 +31,20 @@ FUSED_OPS_AVX512 void last_512(const PointwiseLast& p, const LastPlan& plan, int
 FUSED_OPS_AVX2 void last_256(const PointwiseLast& p, const LastPlan& plan, int64_t begin, int64_t end) {
   last_tasks<8, 4>(p, plan, begin, end);
 }
+FUSED_OPS_AVX512 void filters_512(const Winograd& p, int64_t first, int64_t last, int64_t begin, int64_t end, float* filters) {
+  winograd_filters<16>(p, first, last, begin, end, filters);
+}
+FUSED_OPS_AVX2 void filters_256(const Winograd& p, int64_t first, int64_t last, int64_t begin, int64_t end, float* filters) {
+  winograd_filters<8>(p, first, last, begin, end, filters);
+}
+FUSED_OPS_AVX512 void winograd_512(const Winograd& p, const LastPlan& plan, int64_t first, int64_t last,
+                                   const float* filters, int64_t begin, int64_t end) {
+  winograd_tasks<16, 8>(p, plan, first, last, filters, begin, end);
+}
+FUSED_OPS_AVX2 void winograd_256(const Winograd& p, const LastPlan& plan, int64_t first, int64_t last,
+                                 const float* filters, int64_t begin, int64_t end) {
+  winograd_tasks<8, 4>(p, plan, first, last, filters, begin, end);
+}
 FUSED_OPS_AVX2 void depthwise_256(const Depthwise& d, int64_t begin, int64_t end) { depthwise_any<8>(d, begin, end); }
 FUSED_OPS_AVX512 void depthwise_512(const Depthwise& d, int64_t begin, int64_t end) {
   if (d.out_width <= 8) return depthwise_256(d, begin, end);  // a 16-wide vector would be more than half empty
@@ -43,24 +58,35 @@ void pointwise_128(const Pointwise& p, const PointwisePlan& plan, int64_t begin,
 void last_128(const PointwiseLast& p, const LastPlan& plan, int64_t begin, int64_t end) {
   last_tasks<4, 4>(p, plan, begin, end);
 }
+void filters_128(const Winograd& p, int64_t first, int64_t last, int64_t begin, int64_t end, float* filters) {
+  winograd_filters<4>(p, first, last, begin, end, filters);
+}
+void winograd_128(const Winograd& p, const LastPlan& plan, int64_t first, int64_t last, const float* filters,
+                  int64_t begin, int64_t end) {
+  winograd_tasks<4, 4>(p, plan, first, last, filters, begin, end);
+}
 void depthwise_128(const Depthwise& d, int64_t begin, int64_t end) { depthwise_any<4>(d, begin, end); }
 
 struct Kernels {
   int64_t lanes;
   void (*pointwise)(const Pointwise&, const PointwisePlan&, int64_t, int64_t);
   void (*last)(const PointwiseLast&, const LastPlan&, int64_t, int64_t);
+  void (*filters)(const Winograd&, int64_t, int64_t, int64_t, int64_t, float*);
+  void (*winograd)(const Winograd&, const LastPlan&, int64_t, int64_t, const float*, int64_t, int64_t);
   void (*depthwise)(const Depthwise&, int64_t, int64_t);
 };
 
 // `lanes` caps the width, so that tests can run every variant this processor has.
 Kernels kernels(int64_t lanes) {
 #if defined(__x86_64__)
-  if (lanes >= 16 && __builtin_cpu_supports("avx512f")) return {16, pointwise_512, last_512, depthwise_512};
+  if (lanes >= 16 && __builtin_cpu_supports("avx512f")) {
+    return {16, pointwise_512, last_512, filters_512, winograd_512, depthwise_512};
+  }
   if (lanes >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return {8, pointwise_256, last_256, depthwise_256};
+    return {8, pointwise_256, last_256, filters_256, winograd_256, depthwise_256};
   }
 #endif
-  return {4, pointwise_128, last_128, depthwise_128};
+  return {4, pointwise_128, last_128, filters_128, winograd_128, depthwise_128};
 }
 
 const float* data(const std::optional<Tensor>& tensor) {
@@ -73,6 +99,51 @@ bool is_channels_last(const Tensor& tensor) {
   const int64_t channels = tensor.size(1), row = tensor.size(3) * channels;
   return tensor.stride(1) == 1 && tensor.stride(3) == channels && tensor.stride(2) == row &&
          tensor.stride(0) == tensor.size(2) * row && !(channels == 1 && row == 1 && tensor.size(2) == 1);
+}
+
+int64_t threads_for(int64_t flops) { return flops < (1 << 19) ? 1 : torch::stable::get_num_threads(); }
+
+void run(const Pointwise& p, const Kernels& chosen) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const PointwisePlan plan = plan_pointwise(p.columns(), p.channels, p.out_channels, chosen.lanes, threads);
+  const int64_t cost = std::max<int64_t>(
+      plan.rows_per_chunk * p.channels * plan.group_panels * chosen.lanes * kPanelVectors, 1);
+  torch::stable::parallel_for(0, plan.tasks(), std::max<int64_t>(1, (1 << 18) / cost),
+                              [&](int64_t begin, int64_t end) { chosen.pointwise(p, plan, begin, end); });
+}
+
+void run(const Depthwise& d, int64_t batch, const Kernels& chosen) {
+  const int64_t cost = d.out_height * d.out_width * d.kernel[0] * d.kernel[1];
+  torch::stable::parallel_for(0, batch * d.channels, std::max<int64_t>(1, (1 << 17) / cost),
+                              [&](int64_t begin, int64_t end) { chosen.depthwise(d, begin, end); });
+}
+
+void run(const PointwiseLast& p, const Kernels& chosen) {
+  const int64_t panels = count_panels(p.out_channels, chosen.lanes);
+  const int64_t threads = threads_for(p.pixels() * p.channels * p.out_channels);
+  const LastPlan plan = plan_last(panels, p.pixels(), threads);
+  torch::stable::parallel_for(0, plan.tasks(), 1,
+                              [&](int64_t begin, int64_t end) { chosen.last(p, plan, begin, end); });
+}
+
+void run(const Winograd& p, const Kernels& chosen) {
+  const int64_t panels = count_panels(p.out_channels, chosen.lanes), floats = p.floats(chosen.lanes);
+  const int64_t together = std::min(panels, std::max<int64_t>(1, kWinogradFilters / std::max<int64_t>(floats, 1)));
+  const int64_t threads = threads_for(p.tiles() * p.channels * p.out_channels * 16);
+  float* const filters = workspace<Winograd>(together * floats);
+  for (int64_t first = 0; first < panels; first += together) {
+    const int64_t last = std::min(first + together, panels);
+    const LastPlan plan = plan_last(last - first, p.tiles(), threads);
+    const int64_t begin = Panel(first, p.out_channels, chosen.lanes).begin / chosen.lanes;
+    const Panel past(last - 1, p.out_channels, chosen.lanes);
+    const int64_t end = past.begin / chosen.lanes + past.vectors;
+    torch::stable::parallel_for(begin, end, threads == 1 ? end - begin : 1, [&](int64_t begin, int64_t end) {
+      chosen.filters(p, first, last, begin, end, filters);
+    });
+    torch::stable::parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) {
+      chosen.winograd(p, plan, first, last, filters, begin, end);
+    });
+  }
 }
 
 void check_float(const Tensor& tensor, const char* name, bool channels_last = false) {
@@ -89,14 +160,14 @@ void check_float(const Tensor& tensor, const char* name, bool channels_last = fa
 using Ints = std::vector<int64_t>;
 using Optional = std::optional<Tensor>;
 
-// act((weight * input) scale + shift + residual), laid out as input is. input (N, C, H, W), weight (K, C / groups, kh, kw), scale and shift K
-// floats or null, residual (N, K, OH, OW); padding (y, x) on both sides, or (top, left, bottom, right).
+// act((weight * input) scale + shift + residual), laid out as input is. input (N, C, H, W), weight (K, C / groups, kh, kw),
+// scale and shift K floats or null, residual (N, K, OH, OW); padding (y, x) on both sides, or (top, left, bottom, right).
 Tensor convolve(const Tensor& input, const Tensor& weight, const float* scale, const float* shift,
                 const Optional& residual, const Ints& stride, Ints padding, const Ints& dilation, int64_t groups,
                 int64_t activation, int64_t lanes) {
   const bool last = is_channels_last(input);
   check_float(input, "input", last);
-  check_float(weight, "weight");
+  check_float(weight, "weight", last && !weight.is_contiguous());
   STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "input and weight must be 4-dimensional");
   STD_TORCH_CHECK(stride.size() == 2 && dilation.size() == 2, "one stride per dimension");
   STD_TORCH_CHECK(padding.size() == 2 || padding.size() == 4, "padding must be given per dimension or per side");
@@ -125,38 +196,32 @@ Tensor convolve(const Tensor& input, const Tensor& weight, const float* scale, c
   const auto* w = static_cast<const float*>(weight.const_data_ptr());
   auto* y = static_cast<float*>(output.mutable_data_ptr());
   const Kernels chosen = kernels(lanes);
-  const bool single = weight.size(2) == 1 && weight.size(3) == 1 && padding == std::vector<int64_t>(4, 0);
+  const bool single = weight.size(2) == 1 && weight.size(3) == 1 && padding == Ints(4, 0);
   if (last) {
-    STD_TORCH_CHECK(groups == 1 && single, "conv2d_cpu takes 1x1 weights where input is channels_last");
-    const PointwiseLast p{x, w, scale, shift, data(residual), y,
-                          batch, input.size(2), input.size(3), channels, space[0], space[1], out_channels,
-                          {stride[0], stride[1]}, activation};
-    const int64_t width = chosen.lanes * kLastVectors, flops = p.pixels() * channels * out_channels;
-    const int64_t threads = flops < (1 << 19) ? 1 : torch::stable::get_num_threads();
-    const LastPlan plan = plan_pointwise_last((out_channels + width - 1) / width, p.pixels(), threads);
-    torch::stable::parallel_for(0, plan.tasks(), 1,
-                                [&](int64_t begin, int64_t end) { chosen.last(p, plan, begin, end); });
+    if (groups == 1 && single) {
+      run(PointwiseLast{x, w, scale, shift, data(residual), y,
+                        batch, input.size(2), input.size(3), channels, space[0], space[1], out_channels,
+                        {stride[0], stride[1]}, activation}, chosen);
+      return output;
+    }
+    const bool filtered = weight.size(2) == 3 && weight.size(3) == 3 && stride == Ints{1, 1} && dilation == Ints{1, 1};
+    STD_TORCH_CHECK(groups == 1 && filtered,
+                    "conv2d_cpu takes weights of 1x1, or of 3x3 and stride 1, where input is channels_last");
+    run(Winograd{x, w, scale, shift, data(residual), y,
+                 batch, input.size(2), input.size(3), channels, space[0], space[1], out_channels,
+                 padding[0], padding[1], weight.is_contiguous(), activation}, chosen);
     return output;
   }
-  if (groups == 1 && single && stride[0] == 1 && stride[1] == 1) {
-    const Pointwise p{x, w, scale, shift, data(residual), y,
-                      batch, channels, out_channels, space[0] * space[1], activation};
-    const int64_t threads = torch::stable::get_num_threads();
-    const PointwisePlan plan = plan_pointwise(p.columns(), channels, out_channels, chosen.lanes, threads);
-    const int64_t cost = std::max<int64_t>(
-        plan.rows_per_chunk * channels * plan.group_panels * chosen.lanes * kPanelVectors, 1);
-    torch::stable::parallel_for(0, plan.tasks(), std::max<int64_t>(1, (1 << 18) / cost),
-                                [&](int64_t begin, int64_t end) { chosen.pointwise(p, plan, begin, end); });
+  if (groups == 1 && single && stride == Ints{1, 1}) {
+    run(Pointwise{x, w, scale, shift, data(residual), y,
+                  batch, channels, out_channels, space[0] * space[1], activation}, chosen);
     return output;
   }
   STD_TORCH_CHECK(weight.size(1) == 1 && groups == out_channels, "conv2d_cpu takes 1x1 or depthwise weights");
-  const Depthwise d{x, w, scale, shift, data(residual), y,
-                    output.numel(), channels, input.size(2), input.size(3), space[0], space[1],
-                    {weight.size(2), weight.size(3)}, {stride[0], stride[1]}, {padding[0], padding[1]},
-                    {dilation[0], dilation[1]}, activation};
-  const int64_t cost = space[0] * space[1] * weight.size(2) * weight.size(3);
-  torch::stable::parallel_for(0, batch * channels, std::max<int64_t>(1, (1 << 17) / cost),
-                              [&](int64_t begin, int64_t end) { chosen.depthwise(d, begin, end); });
+  run(Depthwise{x, w, scale, shift, data(residual), y,
+                output.numel(), channels, input.size(2), input.size(3), space[0], space[1],
+                {weight.size(2), weight.size(3)}, {stride[0], stride[1]}, {padding[0], padding[1]},
+                {dilation[0], dilation[1]}, activation}, batch, chosen);
   return output;
 }
 

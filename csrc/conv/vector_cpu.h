@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <new>
 
 #include "conv/epilogue.h"
 
@@ -16,6 +17,34 @@ template <int N> using Vector = typename VectorOf<N>::type;
 
 template <int N> FUSED_OPS_INLINE void load(Vector<N>& to, const float* from) { std::memcpy(&to, from, sizeof(to)); }
 template <int N> FUSED_OPS_INLINE void store(float* to, const Vector<N>& from) { std::memcpy(to, &from, sizeof(from)); }
+
+// The first `count` of the N; what is read has 0 behind them.
+template <int N> FUSED_OPS_INLINE void load_some(Vector<N>& to, const float* from, int64_t count) {
+  if (count >= N) return load<N>(to, from);
+  to = Vector<N>{};
+  std::memcpy(&to, from, count * sizeof(float));
+}
+template <int N> FUSED_OPS_INLINE void store_some(float* to, const Vector<N>& from, int64_t count) {
+  if (count >= N) store<N>(to, from);
+  else std::memcpy(to, &from, count * sizeof(float));
+}
+
+// A thread's own memory for a PURPOSE, which it keeps: pages that the system has to clear cost more than their use.
+template <typename PURPOSE> float* workspace(int64_t floats) {
+  constexpr std::align_val_t kLine{64};
+  struct Memory {
+    float* data = nullptr;
+    int64_t floats = 0;
+    ~Memory() { ::operator delete(data, kLine); }
+  };
+  thread_local Memory memory;
+  if (memory.floats < floats) {
+    ::operator delete(memory.data, kLine);
+    memory.data = nullptr, memory.floats = 0;
+    memory.data = static_cast<float*>(::operator new(floats * sizeof(float), kLine)), memory.floats = floats;
+  }
+  return memory.data;
+}
 
 // memcpy without a call, for runs of up to 16: two overlapping moves of a fixed size.
 FUSED_OPS_INLINE void copy_short(float* to, const float* from, int64_t count) {

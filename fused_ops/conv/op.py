@@ -171,8 +171,8 @@ def conv2d_cuda(input, weight, bias, stride, padding, dilation, groups, scale, s
 
 
 def conv2d_cpu(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation):
-    """Without gradients: the C++ kernels (1x1 and depthwise, contiguous), else oneDNN."""
-    if not vectorised(input, weight, stride, padding, groups):
+    """Without gradients: the C++ kernels, else oneDNN."""
+    if not vectorised(input, weight, stride, padding, dilation, groups):
         arguments = _arguments(
             input, weight, bias, scale, shift, residual, stride, padding, dilation, groups, activation
         )
@@ -190,7 +190,8 @@ def conv_bn_act2d_cpu(
     """Without gradients: the C++ kernels, which fold the batch norm themselves, else oneDNN on folded weights."""
     residual = _full(residual, input, weight, stride, padding, dilation)
     call = (input, weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, residual, stride, padding)
-    if not vectorised(input, weight, stride, padding, groups) or _better_on_onednn(input):
+    mine = vectorised(input, weight, stride, padding, dilation, groups)
+    if not mine or (weight.size(2) == weight.size(3) == 1 and _better_on_onednn(input)):
         # An op written in Python costs as much as a small convolution: only who traces needs to see it.
         traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing()
         onednn = torch.ops.fused_ops.conv_bn_act2d_onednn if traced else conv_bn_act2d_onednn
@@ -206,7 +207,7 @@ def _better_on_onednn(input) -> bool:
     It does where pixels are many (bench/results/cpu/conv_pointwise.json), or more than a cache holds.
     """
     pixels = input.size(0) * input.size(2) * input.size(3)
-    return (pixels > 1024 or pixels * input.size(1) > 512 * 1024) and channels_last(input)
+    return (pixels > 4096 or pixels * input.size(1) > 1 << 20) and channels_last(input)
 
 
 def conv1d_cpu(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation):
@@ -219,8 +220,8 @@ def conv1d_cpu(input, weight, bias, stride, padding, dilation, groups, scale, sh
     return y.squeeze(-2)
 
 
-def vectorised(input, weight, stride, padding, groups) -> bool:
-    """Whether the C++ CPU kernels have this shape: 1x1, or depthwise; contiguous, or 1x1 on a channels_last input.
+def vectorised(input, weight, stride, padding, dilation, groups) -> bool:
+    """Whether the C++ CPU kernels take this: contiguous 1x1 or depthwise, channels_last 1x1 or `filtered`.
 
     What is laid out both ways by chance (one channel, one pixel) is contiguous.
     """
@@ -228,9 +229,10 @@ def vectorised(input, weight, stride, padding, groups) -> bool:
     filters, depth, rows, columns = weight.shape
     plane, row, filter = height * width, width * channels, rows * columns
     if groups == 1:
+        last = input.stride() == (plane * channels, 1, row, channels)
         if rows != 1 or columns != 1 or padding != (0, 0):
-            return False
-        if input.stride() == (plane * channels, 1, row, channels) and weight.is_contiguous():
+            return last and filtered(input, weight, stride, padding, dilation)
+        if last and weight.is_contiguous():
             return not plane == channels == 1
         if stride != (1, 1):
             return False
@@ -239,6 +241,26 @@ def vectorised(input, weight, stride, padding, groups) -> bool:
     return input.stride() == (channels * plane, plane, width, 1) and weight.stride() == (
         depth * filter, filter, columns, 1
     )  # fmt: skip
+
+
+def filtered(input, weight, stride, padding, dilation) -> bool:
+    """Whether Winograd's minimal filtering takes a channels_last 3x3 convolution: where it is faster than oneDNN.
+
+    It is from a vector of channels up, unless transforming the filters costs more than their use saves
+    (bench/results/cpu/conv_filters.json).
+    """
+    if weight.shape[2:] != (3, 3) or stride != (1, 1) or dilation != (1, 1):
+        return False
+    filters, channels = weight.shape[:2]
+    if min(filters, channels) < 16 or channels > 1024 or not (weight.is_contiguous() or channels_last(weight)):
+        return False
+    return filters * channels <= 8192 * tiles(input, weight, stride, padding, dilation)
+
+
+def tiles(input, weight, stride, padding, dilation) -> int:
+    """Of 2x2 pixels in the output: as often is a transformed filter used."""
+    batch, _, height, width = output_shape(input, weight, stride, padding, dilation)
+    return batch * ((height + 1) // 2) * ((width + 1) // 2)
 
 
 def folded(running_mean, running_var, weight, bias, eps) -> tuple[Tensor, Tensor]:

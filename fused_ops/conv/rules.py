@@ -8,7 +8,9 @@ from fused_ops.core import extension
 ONEDNN = torch.backends.mkldnn.is_available()
 SMALL = 20_000  # elements of a 1x1 convolution's output
 FEW, FEW_LAST = 8, 2  # pixels of a 1x1 convolution's image, contiguous and channels_last
-MEASURED = "bench/results/cpu/conv_pointwise.json"
+SMALL_3X3 = 500_000  # channels of a 3x3 convolution's input times those of its output times pixels
+THIN_3X3 = 512  # the first two of these
+MEASURED, MEASURED_3X3 = "bench/results/cpu/conv_pointwise.json", "bench/results/cpu/conv_filters.json"
 ONLY_ONEDNN = f"has only oneDNN here, which is no faster than F.conv2d ({MEASURED})"
 
 
@@ -43,7 +45,7 @@ def cpu(input, weight, bias, stride, padding, dilation, groups, scale, shift, re
         return "takes even padding"
     if needs_grad(input, weight, bias, scale, shift, residual):
         return "has no gradient"
-    if op.vectorised(input, weight, stride, padding, groups):
+    if op.vectorised(input, weight, stride, padding, dilation, groups):
         return None if extension.has_kernel("conv2d_cpu", "CPU") else extension.kernels_missing or "was not built"
     if len(padding) > 2:
         return "takes even padding, but for depthwise convolutions"
@@ -53,13 +55,24 @@ def cpu(input, weight, bias, stride, padding, dilation, groups, scale, shift, re
 def cpu_worthwhile(
     input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation
 ) -> str | None:
-    """By `MEASURED`: the C++ kernels win where scale or shift saves a pass; oneDNN's fused convolution does not."""
+    """By `MEASURED`: the C++ kernels win where scale or shift saves a pass, 3x3 alone; oneDNN's fused ones do not."""
+    mine = input.dim() == 4 and padding != "same" and op.vectorised(input, weight, stride, padding, dilation, groups)
+    if mine and groups == 1 and weight.size(2) == 3:
+        return _small_3x3(input, weight, stride, padding, dilation)
     if scale is None and shift is None:
         return "has no scale or shift to fuse"
-    if input.dim() != 4 or padding == "same" or not op.vectorised(input, weight, stride, padding, groups):
+    if not mine:
         return ONLY_ONEDNN
     if groups == 1 and input.size(0) * input.size(2) * input.size(3) * weight.size(0) < SMALL:
         return f"costs more to call than it saves on a small output ({MEASURED})"
+    return None
+
+
+def _small_3x3(input, weight, stride, padding, dilation) -> str | None:
+    filters = weight.size(0) * weight.size(1)
+    used = op.tiles(input, weight, stride, padding, dilation)
+    if filters < THIN_3X3 or input.numel() * weight.size(0) < SMALL_3X3 or filters > 2048 * used:
+        return f"costs more to call than it saves with few channels or pixels ({MEASURED_3X3})"
     return None
 
 
@@ -77,7 +90,7 @@ def cpu_batch_norm_worthwhile(input, weight, bias, stride, padding, dilation, gr
     """
     if input.dim() != 4 or padding == "same":
         return ONLY_ONEDNN
-    if not op.vectorised(input, weight, stride, padding, groups):
+    if not op.vectorised(input, weight, stride, padding, dilation, groups):
         outweighed = weight.numel() > 4 * input.numel()
         return None if outweighed or op.channels_last(input) else ONLY_ONEDNN
     if groups == 1 and input.size(0) * input.size(2) * input.size(3) < (FEW_LAST if op.channels_last(input) else FEW):

@@ -51,7 +51,9 @@ def test_pointwise_channels_last_at_every_remainder(stride, lanes):
                     scale, shift = randn(out_channels, seed=2), randn(out_channels, seed=3)
                     y = F.conv2d(x, w, None, stride)
                     call = (x, w, scale, shift, torch.empty_like(y).copy_(randn(*y.shape, seed=4)), stride)
-                    if not op.vectorised(x, w, stride, (0, 0), 1):  # laid out as a contiguous one is, with a stride
+                    if not op.vectorised(
+                        x, w, stride, (0, 0), (1, 1), 1
+                    ):  # laid out as a contiguous one is, with a stride
                         continue
                     got = kernel(*call, act="relu6", lanes=lanes)
                     assert got.stride() == y.stride()
@@ -277,6 +279,8 @@ def test_bad_arguments_to_the_raw_op_raise():
             kernel(*bad, None, None, *place)
     with pytest.raises(RuntimeError, match="1x1 or depthwise"):
         kernel(x, randn(4, 4, 3, 3), None, None, None)
+    with pytest.raises(RuntimeError, match="of 3x3 and stride 1"):
+        kernel(x.to(memory_format=torch.channels_last), randn(4, 4, 3, 3), None, None, None, (2, 2))
 
 
 def test_output_format_agrees_with_torch():
