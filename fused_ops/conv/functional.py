@@ -124,7 +124,7 @@ def conv2d(
     Szegedy 2015, section 3.1) in a residual block (He et al. 2016, section 3).
     """
     epilogue = scale is not None or shift is not None or residual is not None or activation is not None
-    if not epilogue and _CONV2D.straight(backend, input):
+    if not epilogue and not _may_be_filtered(input, weight) and _CONV2D.straight(backend, input):
         try:
             return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         except EXPLAINED:
@@ -132,11 +132,27 @@ def conv2d(
     stride, padding, dilation = arguments.convolution(2, input, weight, bias, stride, padding, dilation, groups)
     if epilogue:
         _check_epilogue(input, weight, stride, padding, dilation, scale, shift, residual, activation)
-    return _CONV2D(
-        backend,
-        (input, weight, bias, scale, shift, residual),
-        input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation,
-    )  # fmt: skip
+    tensors = (input, weight, bias, scale, shift, residual)
+    call = (input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation)
+    if backend is not None:
+        return _CONV2D(backend, tensors, *call)
+    affine = scale is None and shift is None
+    return _CONV2D.remembered((*_sizes(input, weight), stride, padding, dilation, groups, affine), tensors, *call)
+
+
+def _may_be_filtered(input: Tensor, weight: Tensor) -> bool:
+    """Whether the CPU may have a kernel that beats F.conv2d with nothing to fuse."""
+    return (
+        type(input) is type(weight) is Tensor
+        and input.dim() == weight.dim() == 4
+        and weight.size(3) == 3
+        and input.numel() * weight.size(0) >= rules.SMALL_3X3
+        and op.channels_last(input)
+    )
+
+
+def _sizes(input: Tensor, weight: Tensor) -> tuple:
+    return input.shape, input.stride(), input.dtype, weight.shape, weight.stride()
 
 
 def conv_bn_act2d(
@@ -153,8 +169,8 @@ def conv_bn_act2d(
     padding = sides or padding
     if residual is not None:
         arguments.residual(residual, arguments.output_shape(input, weight, stride, padding, dilation))
-    return _CONV_BN_ACT2D(
-        None,
+    return _CONV_BN_ACT2D.remembered(
+        (*_sizes(input, weight), stride, padding, dilation, groups),
         (input, weight, bias, running_mean, running_var, bn_weight, bn_bias, residual),
         input, weight, bias, stride, padding, dilation, groups,
         running_mean, running_var, bn_weight, bn_bias, eps, residual, activation,

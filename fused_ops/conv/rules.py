@@ -3,14 +3,18 @@
 import torch
 
 from fused_ops.conv import op
+from fused_ops.conv.arguments import output_shape
 from fused_ops.core import extension
 
 ONEDNN = torch.backends.mkldnn.is_available()
 SMALL = 20_000  # elements of a 1x1 convolution's output
-FEW, FEW_LAST = 8, 2  # pixels of a 1x1 convolution's image, contiguous and channels_last
 SMALL_3X3 = 500_000  # channels of a 3x3 convolution's input times those of its output times pixels
 THIN_3X3 = 512  # the first two of these
+# Of a chain, what pays for the call of one op instead of three: multiplications in a C++ kernel; output elements, or
+# weights, that oneDNN meets laid out.
+CHAIN, CHAIN_OUTPUT, CHAIN_WEIGHT = 800_000, 65_536, 262_144
 MEASURED, MEASURED_3X3 = "bench/results/cpu/conv_pointwise.json", "bench/results/cpu/conv_filters.json"
+MEASURED_CHAINS = "bench/results/cpu/conv_chains.json"
 ONLY_ONEDNN = f"has only oneDNN here, which is no faster than F.conv2d ({MEASURED})"
 
 
@@ -90,12 +94,25 @@ def cpu_batch_norm_worthwhile(input, weight, bias, stride, padding, dilation, gr
     """
     if input.dim() != 4 or padding == "same":
         return ONLY_ONEDNN
-    if not op.vectorised(input, weight, stride, padding, dilation, groups):
-        outweighed = weight.numel() > 4 * input.numel()
-        return None if outweighed or op.channels_last(input) else ONLY_ONEDNN
-    if groups == 1 and input.size(0) * input.size(2) * input.size(3) < (FEW_LAST if op.channels_last(input) else FEW):
-        return f"computes several pixels at once, of which there are few ({MEASURED})"
-    return None
+    if small_chain(input, weight, stride, padding, dilation, groups):
+        return f"costs more to call than it saves where there is little to compute ({MEASURED_CHAINS})"
+    if op.vectorised(input, weight, stride, padding, dilation, groups):
+        return None
+    outweighed = weight.numel() > 4 * input.numel()
+    return None if outweighed or op.channels_last(input) else ONLY_ONEDNN
+
+
+def small_chain(input, weight, stride, padding, dilation, groups) -> bool:
+    """Whether PyTorch's three calls take no longer than one op, by `MEASURED_CHAINS`.
+
+    A contiguous depthwise convolution never is: oneDNN would change its layout.
+    """
+    batch, filters, height, width = output_shape(input, weight, stride, padding, dilation)
+    output, weights = batch * filters * height * width, weight.numel()
+    few, small = output * weights < CHAIN * filters, output < CHAIN_OUTPUT and weights < CHAIN_WEIGHT
+    if not (few or small):
+        return False
+    return not op.vectorised(input, weight, stride, padding, dilation, groups) or (few and groups == 1)
 
 
 def cpu1d(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation) -> str | None:

@@ -32,6 +32,7 @@ _context: str | None = None
 _logged: set["Choice"] = set()
 _recordings: list[list["Choice"]] = []
 _explaining = False
+MANY = 4096  # choices to remember
 # The dictionary behind os.environ: a look-up there costs a thirtieth of os.environ.get.
 _environment, _ENVIRONMENT_KEY = os.environ._data, os.environ.encodekey("FUSED_OPS_BACKEND")
 
@@ -127,6 +128,21 @@ class _Explained(BaseException):
         self.explanation = explanation
 
 
+def unwatched(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is an ordinary one on the CPU, without gradients, and nobody asks for or looks at a choice."""
+    return not (
+        type(tensor) is not torch.Tensor
+        or not tensor.is_cpu
+        or _context is not None
+        or _ENVIRONMENT_KEY in _environment
+        or _explaining
+        or _recordings
+        or device.TRITON_INTERPRETED
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+    )
+
+
 class Op:
     """A public function's backends, in order of preference; the last is `reference`, which serves everything.
 
@@ -142,6 +158,7 @@ class Op:
         self._on_cpu = tuple(backend for backend in backends if backend.name not in elsewhere)
         self._only_reference = Choice(name, "reference", "nothing else runs on the CPU")
         self._straight = Choice(name, "reference", "torch's own function is all that was asked for")
+        self._chosen: dict[tuple, Backend] = {}
         OPS[name] = self
 
     def __call__(self, requested: str | None, tensors: tuple, *call):
@@ -170,22 +187,26 @@ class Op:
         It may on the CPU, where `reference` serves it and without gradients is that function, unless a backend is
         asked for or somebody watches.
         """
-        if (
-            type(tensor) is not torch.Tensor
-            or not tensor.is_cpu
-            or requested is not None
-            or _context is not None
-            or _ENVIRONMENT_KEY in _environment
-            or _explaining
-            or _recordings
-            or device.TRITON_INTERPRETED
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-        ):
+        if requested is not None or not unwatched(tensor):
             return False
         if self._straight not in _logged:
             self._note(self._straight, on_gpu=False)
         return True
+
+    def remembered(self, key: tuple, tensors: tuple, *call):
+        """As a call of auto, whose choice on the CPU without gradients is made once for each `key`.
+
+        Args:
+            key: whatever backends' rules look at in `call`, but for the kinds of tensors.
+        """
+        if not unwatched(tensors[0]) or torch._C._is_any_autocast_enabled() or self._oddity(tensors):
+            return self(None, tensors, *call)
+        backend = self._chosen.get(key)
+        if backend is None:
+            if len(self._chosen) == MANY:
+                self._chosen.clear()
+            backend = self._chosen[key] = self._auto(tensors, call)
+        return backend.run(*call)
 
     def bound(self) -> bool:
         """Whether `use_backend` or FUSED_OPS_BACKEND names a backend that this op has."""

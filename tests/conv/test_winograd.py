@@ -140,6 +140,7 @@ def test_auto_takes_it_where_it_is_faster(batch, channels, out_channels, size, k
         assert fused_ops.explain(fused_ops.conv2d, x.contiguous(), w, **kind).chosen == "reference"
         got, want = fused_ops.conv2d(x, w, **kind), F.conv2d(x, w, **kind)
     assert got.stride() == want.stride()
+    assert torch.equal(got, kernel(x, w) if taken else want)
     assert_accurate(got, F.conv2d(x.double(), w.double(), **kind), terms=9 * channels)
 
 

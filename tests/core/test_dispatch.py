@@ -406,3 +406,29 @@ def test_a_verified_kernel_is_taken_until_its_source_changes(make_op, gpu_kernel
     gpu_kernel.edit()
     scaled(fake_cuda(3))
     assert scaled.calls == ["cuda", "reference"]
+
+
+def test_a_choice_is_remembered_by_its_key_where_nobody_looks(make_op):
+    asked = []
+
+    def pays(x):
+        asked.append(len(x))
+        return None if len(x) > 2 else "is for more than 2"
+
+    scaled = make_op("cpu", "reference", cpu={"worthwhile": pays})
+
+    def served(x):
+        scaled.op.remembered((x.shape,), (x,), x)
+        return scaled.calls[-1]
+
+    with torch.no_grad():
+        assert [served(randn(n)) for n in (3, 2, 3, 2)] == ["cpu", "reference", "cpu", "reference"]
+        assert asked == [3, 2]
+        with use_backend("reference"):
+            assert served(randn(3)) == "reference"
+        with dispatch.record() as choices:
+            assert served(randn(3)) == "cpu"
+        assert choices[0].backend == "cpu" and asked == [3, 2, 3]
+        assert served(torch.nn.Parameter(randn(3), requires_grad=False)) == "cpu" and len(asked) == 4
+    served(randn(3))  # gradients may be wanted
+    assert len(asked) == 5
