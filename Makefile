@@ -29,7 +29,7 @@ bench: setup
 	$(PY) -m bench
 
 test: setup emulate
-	$(PY) -m pytest -q -n 2
+	$(PY) -m pytest -q -n 2 -m "not slow"
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -n 2 $(INTERPRETER_TESTS)
 	FUSED_OPS_EMULATE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(EMULATED_TESTS)
 

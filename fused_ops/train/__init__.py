@@ -27,4 +27,7 @@ def run(recipe, config) -> dict[str, float]:
             if not config.sweep:
                 trainer.train()
             path = config.output_dir / "best.pt"
-        return trainer.test(path)
+        found = trainer.test(path)
+        if not config.test_only:
+            trainer.save_pretrained()
+        return found

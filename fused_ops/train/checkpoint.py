@@ -87,8 +87,8 @@ def read(path: Path, recipe: str) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a torn pickle raises whatever it likes
-        reason = str(error).strip().partition("\n")[0]
-        raise ArgumentError("resume", "a whole checkpoint", f"{path}: {reason}") from error
+        got = f"{path}, which torch.load cannot read ({type(error).__name__})"
+        raise ArgumentError("resume", "a whole checkpoint", got) from error
     found = state.get("recipe") if isinstance(state, dict) else None
     if found != recipe:
         got = f"{path} of {found!r}" if found else f"{path}, which this program did not write"
@@ -116,8 +116,6 @@ def check_fits(weights: dict[str, Any], model: nn.Module, path: Path) -> None:
     theirs = {name: tuple(weight.shape) for name, weight in weights.items()}
     unlike = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
     if unlike:
-        name = unlike[0]
-        got = (
-            f"{path} with {name} {theirs.get(name)} instead of {ours.get(name)} and {len(unlike) - 1} more differences"
-        )
+        name, more = unlike[0], len(unlike) - 1
+        got = f"{path} with {name} {theirs.get(name)} instead of {ours.get(name)}, and {more} more differences"
         raise ArgumentError("resume", "a checkpoint of this model", got)

@@ -77,23 +77,26 @@ class Config:
         ("output_dir", "resume", "test_only", "log_steps", "workers", "device", "parallel", "sweep", "sweep_range")
     )
 
+    # The least that a number may be, and what has to be a share.
+    least = dict.fromkeys(("epochs", "batch_size", "gradient_accumulation_steps", "log_steps", "sweep_range"), 1)
+    least |= dict.fromkeys(("max_steps", "eval_steps", "save_steps", "patience"), 1)
+    least |= dict.fromkeys(("weight_decay", "clip_grad_norm", "workers", "sweep"), 0)
+    shares = frozenset(("warmup_ratio", "momentum", "adam_beta2"))
+
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "log_steps"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(name, "at least 1", getattr(self, name))
-        for name in ("max_steps", "eval_steps", "save_steps", "patience"):
+        for name, bound in self.least.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ArgumentError(name, "at least 1", value)
-        for name in ("weight_decay", "clip_grad_norm", "workers", "sweep"):
-            if not getattr(self, name) >= 0:
-                raise ArgumentError(name, "0 or more", getattr(self, name))
+            if value is not None and not value >= bound:
+                raise ArgumentError(name, f"at least {bound}", value)
+        for name in sorted(self.shares):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ArgumentError(name, "between 0 and 1", getattr(self, name))
         if not 0 <= self.min_lr <= self.lr or self.lr == 0:
             raise ArgumentError("lr", "above 0 and at least min_lr", f"{self.lr} with min_lr {self.min_lr}")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise ArgumentError("warmup_ratio", "between 0 and 1", self.warmup_ratio)
-        if self.sweep_range < 1:
-            raise ArgumentError("sweep_range", "at least 1", self.sweep_range)
+        if self.adam_beta2 == 1:
+            raise ArgumentError("adam_beta2", "below 1", self.adam_beta2)
+        if not 0 <= self.seed < 2**32:
+            raise ArgumentError("seed", "between 0 and 2**32 - 1", self.seed)
         if self.test_only and self.resume is None:
             raise ArgumentError("resume", "the checkpoint to be tested", None)
 
@@ -105,7 +108,8 @@ class Config:
 
 def parse(config: type[Config], prog: str, arguments: list[str]) -> Config:
     """A command line as a `config`. --batch-size may be written --batch_size; what is a bool has a --no- form."""
-    parser = argparse.ArgumentParser(prog, description=config.__doc__.partition("\n")[0], allow_abbrev=False)
+    usage, purpose = f"{prog} [options]; --help lists them", config.__doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser(prog, usage, purpose, allow_abbrev=False)
     kinds, helps = get_type_hints(config), _helps(config)
     for field in fields(config):
         text = helps[field.name] + ("" if field.default is None else f" (default: {field.default})")

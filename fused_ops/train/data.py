@@ -14,7 +14,7 @@ def held_out(data: Sequence, share: float) -> tuple[Subset, Subset]:
     """`data` without a random `share` of it, and that share: the same for every seed of a run."""
     count = round(share * len(data))
     if not 0 < count < len(data):
-        raise ArgumentError("data_path", f"data of which {share:.0%} can be held out", f"{len(data)} samples")
+        raise ArgumentError("val_split", "a share that is some of the data but not all", f"{share} of {len(data)}")
     return tuple(random_split(data, (len(data) - count, count), torch.Generator().manual_seed(0)))
 
 

@@ -52,6 +52,8 @@ class ImageConfig(Config):
     weight_decay: float = 0.05
 
     free = Config.free | {"data_path"}
+    least = Config.least | {"image_size": 1}
+    shares = Config.shares | {"val_split", "label_smoothing"}
 
 
 class Images(Dataset):

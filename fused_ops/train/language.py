@@ -31,7 +31,7 @@ class LanguageConfig(Config):
             in their names, as WikiText-103 comes; default: the language reference that Python ships.
         val_split: share of a single text's lines that validation takes, and as many the held-out data, at its end.
         tokenizer: a tokenizer.json file; default: byte-pair encoding trained on the training text.
-        vocab_size: tokens of that encoding.
+        vocab_size: tokens of that encoding, 256 of which are bytes.
         block_size: length of the sequences that the model sees, in tokens.
         n_layer, n_head, n_embd: sizes of the GPT.
         dropout: probability, throughout the GPT.
@@ -40,14 +40,14 @@ class LanguageConfig(Config):
     data_path: Path | None = None
     val_split: float = 0.05
     tokenizer: Path | None = None
-    vocab_size: int = 1024
+    vocab_size: int = 512
     block_size: int = 128
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 128
-    dropout: float = 0.2
+    dropout: float = 0.1
     batch_size: int = 16
-    epochs: int = 20
+    epochs: int = 12
     lr: float = 2e-3
     min_lr: float = 2e-4
     weight_decay: float = 0.1
@@ -55,6 +55,8 @@ class LanguageConfig(Config):
     patience: int | None = 3
 
     free = Config.free | {"data_path", "tokenizer"}
+    least = Config.least | {"vocab_size": 256, "block_size": 1, "n_layer": 1, "n_head": 1, "n_embd": 1}
+    shares = Config.shares | {"val_split", "dropout"}
 
 
 class Blocks(Dataset):
@@ -126,7 +128,8 @@ def read_splits(config: LanguageConfig) -> list[datasets.Dataset]:
         lines = datasets.Dataset.from_dict({"text": "\n\n".join(topics.values()).splitlines(keepends=True)})
     count = round(config.val_split * len(lines))
     if not 0 < 2 * count < len(lines):
-        raise ArgumentError("data_path", "text of which a share can be held out", f"{path} of {len(lines)} lines")
+        got = f"{config.val_split} of {len(lines)} lines"
+        raise ArgumentError("val_split", "a share that can be held out twice, of some lines but not all", got)
     ends = (0, len(lines) - 2 * count, len(lines) - count, len(lines))
     return [lines.select(range(start, end)) for start, end in pairwise(ends)]
 
@@ -172,7 +175,7 @@ class LanguageModel(Recipe):
             tokenizer = trained_tokenizer(splits[0], config.vocab_size)
         else:
             tokenizer = read_tokenizer(config.tokenizer, "tokenizer")
-        self.tokenizer = Tokenizer.from_str(parallel.from_first(tokenizer.to_str()))
+        self.tokenizer = Tokenizer.from_str(parallel.from_first(tokenizer.to_str))
         tokens = [tokenised(lines, self.tokenizer) for lines in splits]
         self.train, self.valid, self.test = (
             Blocks(text, config.block_size, shifted=place == 0) for place, text in enumerate(tokens)
@@ -186,7 +189,8 @@ class LanguageModel(Recipe):
         vocab_size, ends = self.tokenizer.get_vocab_size(), {"bos_token_id": None, "eos_token_id": None}
         return GPT(vocab_size=vocab_size, n_positions=config.block_size, **sizes, **drops, **ends)
 
-    def save(self, folder: Path) -> None:
+    def save(self, model: nn.Module, folder: Path) -> None:
+        model.save_pretrained(folder)
         self.tokenizer.save(str(folder / "tokenizer.json"))
 
     def loss(self, model: nn.Module, batch: list) -> Tensor:

@@ -3,10 +3,21 @@
 import csv
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Errors name the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path} ({error.strerror})") from error
 
 
 class Log:
@@ -22,14 +33,15 @@ class Log:
         self.path, self.columns = folder / "log.csv", ["step", *columns]
         kept = self._rows(step) if step and self.path.is_file() else []
         scratch = self.path.with_suffix(".partial")
-        with open(scratch, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(kept)
-        os.replace(scratch, self.path)
-        self.file = open(self.path, "a", newline="", buffering=1)  # noqa: SIM115 - closed by close()
+        with writing(self.path):
+            with open(scratch, "w", newline="") as file:
+                writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(kept)
+            os.replace(scratch, self.path)
+            self.file = open(self.path, "a", newline="", buffering=1)  # noqa: SIM115 - closed by close()
+            self.events = SummaryWriter(str(folder), purge_step=step + 1)
         self.rows = csv.DictWriter(self.file, self.columns)
-        self.events = SummaryWriter(str(folder), purge_step=step + 1)
         self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
 
     def _rows(self, last: int) -> list[dict[str, str]]:
@@ -40,9 +52,10 @@ class Log:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """A row, and a point in each value's curve."""
-        self.rows.writerow({"step": step} | {name: f"{value:.6g}" for name, value in values.items()})
-        for name, value in values.items():
-            self.events.add_scalar(name, value, step)
+        with writing(self.path):
+            self.rows.writerow({"step": step} | {name: f"{value:.6g}" for name, value in values.items()})
+            for name, value in values.items():
+                self.events.add_scalar(name, value, step)
         if "loss" in values:
             self.bar.set_postfix(loss=f"{values['loss']:.4g}", refresh=False)
 
@@ -53,5 +66,6 @@ class Log:
 
     def close(self) -> None:
         self.bar.close()
-        self.events.close()
-        self.file.close()
+        with writing(self.path):
+            self.events.close()
+            self.file.close()

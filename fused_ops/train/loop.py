@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -17,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 from fused_ops.core.errors import ArgumentError
 from fused_ops.train import checkpoint, parallel
 from fused_ops.train.config import Config
-from fused_ops.train.logs import Log
+from fused_ops.train.logs import Log, writing
 from fused_ops.train.recipe import Recipe
 
 
@@ -69,7 +71,10 @@ class Trainer:
             wanted = f"such that a step takes at most the {len(recipe.train)} training samples"
             raise ArgumentError("batch_size", wanted, f"{self.samples_per_step} a step")
         self.steps = config.max_steps or config.epochs * self.steps_per_epoch
+        self.eval_steps = config.eval_steps or self.steps_per_epoch
+        self.save_steps = config.save_steps or self.eval_steps
         if config.use_deterministic_algorithms:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
             torch.use_deterministic_algorithms(True)
         torch.manual_seed(config.seed)  # every process starts from the same weights
         self.model = parallel.wrap(recipe.model().to(device), config.parallel, device)
@@ -86,15 +91,13 @@ class Trainer:
     def train(self) -> float:
         """Run until the last step, or until `patience` ends; returns `best`."""
         self.open()
-        every = self.config.eval_steps or self.steps_per_epoch
-        save_every = self.config.save_steps or every
         try:
             while not self.finished:
                 for batches in self.rest_of_epoch():
                     self.update(batches)
-                    if self.step % every == 0 or self.step == self.steps:
+                    if self.step % self.eval_steps == 0 or self.step == self.steps:
                         self.validate()
-                    if self.step % save_every == 0 or self.finished:
+                    if self.step % self.save_steps == 0 or self.finished:
                         self.save()
                     if self.finished:
                         break
@@ -105,15 +108,15 @@ class Trainer:
 
     def open(self) -> None:
         """Start at step 0 in a new folder, or where a checkpoint is."""
-        config = self.config
-        if config.resume is not None:
+        if self.config.resume is not None:
             self.resume()
-        if parallel.rank() > 0:
-            return
+        parallel.from_first(self.open_log)
+
+    def open_log(self) -> None:
+        config = self.config
         if config.resume is None and (config.output_dir / "last.pt").exists():
             raise ArgumentError("output_dir", "a folder without a run (or resume its last.pt)", config.output_dir)
         config.output_dir.mkdir(parents=True, exist_ok=True)
-        self.recipe.save(config.output_dir)
         measured = [f"valid_{name}" for name in self.recipe.reported]
         columns = ["epoch", "lr", "loss", "grad_norm", "samples_per_second", *measured]
         self.log = Log(config.output_dir, columns, self.step, self.steps)
@@ -171,19 +174,22 @@ class Trainer:
         self.optimizer.zero_grad()
         self.scheduler.step()
         self.step += 1
-        if self.step % self.config.log_steps == 0:
+        logged = self.step % self.config.log_steps == 0
+        if logged or self.step % self.eval_steps == 0 or self.step % self.save_steps == 0 or self.finished:
             loss = parallel.add_up(total).item() / parallel.world()
-            self.check_finite("loss", loss)
             norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+            self.check_finite(loss=loss, grad_norm=norm)  # nothing else is ever kept
+        if logged:
             (start, step), self.since = self.since, None
             rate = self.samples_per_step * (self.step - step) / (time.perf_counter() - start)
             self.write(epoch=self.epoch, lr=lr, loss=loss, grad_norm=norm, samples_per_second=rate)
         if self.log is not None:
             self.log.bar.update()
 
-    def check_finite(self, name: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the {name} is {value} in step {self.step}: a lower lr may help")
+    def check_finite(self, **values: float) -> None:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the {name} is {value} in step {self.step}: a lower lr may help")
 
     def write(self, **values: float) -> None:
         if self.log is not None:
@@ -207,14 +213,14 @@ class Trainer:
             for name, pair in found.items():
                 pair = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in pair])
                 sums[name] = sums.get(name, 0.0) + pair * own
+        parallel.reshard(self.model)
         totals = parallel.add_up(torch.stack(list(sums.values()))).tolist()
         return self.recipe.metrics({name: total / count for name, (total, count) in zip(sums, totals)})
 
     def validate(self) -> None:
         """Measure the model; of the best weights the last are kept as best.pt."""
         found = self.evaluate(self.recipe.valid)
-        for name, value in found.items():
-            self.check_finite(name, value)
+        self.check_finite(**found)
         value = found[self.recipe.metric_for_best_model]
         gain = value - self.best if self.recipe.greater_is_better else self.best - value
         self.best, self.stale = (value, 0) if gain > 0 else (self.best, self.stale + 1)
@@ -243,28 +249,30 @@ class Trainer:
         return {"processes": parallel.world(), "training_samples": len(self.recipe.train)}
 
     def keep(self, name: str, **more) -> None:
-        weights = checkpoint.weights(self.model)
-        if parallel.rank() == 0:
-            state = {"recipe": self.recipe.name, "config": self.config.values(), "step": self.step, "model": weights}
-            checkpoint.write(self.config.output_dir / name, state | more)
+        state = {"recipe": self.recipe.name, "config": self.config.values(), "step": self.step}
+        state |= {"model": checkpoint.weights(self.model), **more}
+        parallel.from_first(partial(checkpoint.write, self.config.output_dir / name, state))
 
     def resume(self) -> None:
         """Go on from the checkpoint that the options name."""
         state = self.read(self.config.resume, goes_on=True)
         checkpoint.set_optimizer_state(self.model, self.optimizer, state.pop("optimizer", {}))
-        state = parallel.from_first(state)
+        state = parallel.from_first(lambda: state)
         self.scheduler.load_state_dict(state["scheduler"])
         checkpoint.set_random_state(state["random"][parallel.rank()], self.device)
         self.step, self.best, self.stale = state["step"], state["best"], state["stale"]
 
     def read(self, path: Path, goes_on: bool = False) -> dict:
-        """Give the model a checkpoint's weights; the rest of what the first process, which reads it, finds in it."""
+        """Give the model a checkpoint's weights; what else is in it, in the first process, which reads it."""
         state = {}
-        if parallel.rank() == 0:
-            state = checkpoint.read(path, self.recipe.name)
+
+        def read() -> None:
+            state.update(checkpoint.read(path, self.recipe.name))
             if goes_on:
                 checkpoint.check_same_run(state, self.config, path, self.facts)
             checkpoint.check_fits(state["model"], self.model, path)
+
+        parallel.from_first(read)
         checkpoint.set_weights(self.model, state.pop("model", {}))
         return state
 
@@ -275,9 +283,24 @@ class Trainer:
         if parallel.rank() == 0:
             self.config.output_dir.mkdir(parents=True, exist_ok=True)
             results = {"checkpoint": str(path), "step": state["step"], **found}
-            (self.config.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            with writing(kept := self.config.output_dir / "results.json"):
+                kept.write_text(json.dumps(results, indent=2) + "\n")
             print(f"held-out data, {path} of step {state['step']}: {described(found)}")
         return found
+
+    def save_pretrained(self) -> None:
+        """Write what `from_pretrained` reads into output_dir, if the model has such a form."""
+        weights, folder = checkpoint.weights(self.model), self.config.output_dir
+
+        def write() -> None:
+            model = self.recipe.model()
+            model.load_state_dict(weights)
+            try:
+                self.recipe.save(model, folder)
+            except SafetensorError as error:
+                raise OSError(f"cannot write into {folder} ({error})") from error
+
+        parallel.from_first(write)
 
 
 def described(metrics: dict[str, float]) -> str:

@@ -1,7 +1,9 @@
 """One process or the many that torchrun started: where each runs, how they share a model, what they add up."""
 
 import os
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,11 +33,9 @@ def processes(device: str | None) -> Iterator[torch.device]:
     connects = not dist.is_initialized()
     if connects:
         dist.init_process_group("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo")
-    try:
-        yield found
-    finally:
-        if connects:
-            dist.destroy_process_group()
+    yield found
+    if connects:  # not after an error: it would wait for the others before anybody reads why
+        dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -54,7 +54,7 @@ def wrap(model: nn.Module, kind: str, device: torch.device) -> nn.Module:
     if not dist.is_initialized():
         return model
     if kind == "ddp":
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return DistributedDataParallel(model)
     mesh = init_device_mesh(device.type, (world(),))
     for block in _blocks(model):
         fully_shard(block, mesh=mesh)
@@ -72,14 +72,17 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def accumulating(model: nn.Module, last: bool) -> Iterator[None]:
     """Gradients are exchanged in the backward of the `last` batch of a step only."""
-    if not dist.is_initialized():
-        yield
-    elif isinstance(model, DistributedDataParallel):
-        with nullcontext() if last else model.no_sync():
-            yield
-    else:
+    if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
+    delayed = isinstance(model, DistributedDataParallel) and not last
+    with model.no_sync() if delayed else nullcontext():
         yield
+
+
+def reshard(model: nn.Module) -> None:
+    """After a forward without a backward: fsdp frees the weights that it gathered, and the model has its own again."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def add_up(values: Tensor) -> Tensor:
@@ -105,9 +108,20 @@ def gather(value: Any) -> list:
     return values
 
 
-def from_first(value: Any) -> Any:
-    """The first process's `value`."""
-    box = [value]
-    if dist.is_initialized():
+def from_first(function: Callable[[], Any]) -> Any:
+    """What `function` gives in the first process. What it raises there ends the others too, who say nothing."""
+    if not dist.is_initialized():
+        return function()
+    box = [None, None]
+    try:
+        if rank() == 0:
+            box[0] = function()
+    except Exception:
+        box[1] = "failed"
+        raise
+    finally:
         dist.broadcast_object_list(box)
+    if box[1] is not None:
+        time.sleep(10)  # torchrun ends all processes with the first that ends: let it be the one that says why
+        sys.exit(1)
     return box[0]

@@ -55,6 +55,9 @@ class QuestionAnsweringConfig(Config):
     warmup_ratio: float = 0.1
 
     free = Config.free | {"model_path", "train_file", "validation_file", "test_file"}
+    least = Config.least | dict.fromkeys(("max_seq_length", "max_query_length", "max_answer_length"), 1)
+    least |= {"doc_stride": 0}
+    shares = Config.shares | {"val_split", "dropout"}
 
     def __post_init__(self):
         super().__post_init__()
@@ -111,7 +114,11 @@ class Questions(Dataset):
         if self.pairs.num_special_tokens_to_add(True) == 0:
             raise ArgumentError("model_path", "a folder whose tokenizer sets question and passage apart", "one without")
         self.pairs.no_padding()
-        self.pairs.enable_truncation(config.max_seq_length, stride=config.doc_stride, strategy="only_second")
+        try:
+            self.pairs.enable_truncation(config.max_seq_length, stride=config.doc_stride, strategy="only_second")
+        except ValueError as error:
+            wanted = f"well below max_seq_length, {config.max_seq_length}"
+            raise ArgumentError("doc_stride", wanted, f"{config.doc_stride}: {error}") from error
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -170,9 +177,13 @@ class QuestionAnswering(Recipe):
         """The folder's weights; those that point at the answer are new, if it has none."""
         p = self.config.dropout
         drops = {"hidden_dropout_prob": p, "attention_probs_dropout_prob": p}
-        return BERTForQuestionAnswering.from_pretrained(self.config.model_path, fresh=("qa_outputs.*",), **drops)
+        model = BERTForQuestionAnswering.from_pretrained(self.config.model_path, fresh=("qa_outputs.*",), **drops)
+        if self.config.max_seq_length > (most := model.config.max_position_embeddings):
+            raise ArgumentError("max_seq_length", f"at most the model's {most} positions", self.config.max_seq_length)
+        return model
 
-    def save(self, folder: Path) -> None:
+    def save(self, model: nn.Module, folder: Path) -> None:
+        model.save_pretrained(folder)
         self.tokenizer.save(str(folder / "tokenizer.json"))
 
     @staticmethod

@@ -48,8 +48,8 @@ class Recipe:
         """Metrics of a batch of `valid` or `test`, each as a sum and a count."""
         raise NotImplementedError
 
-    def save(self, folder: Path) -> None:
-        """Write what the model needs besides its weights, say a tokenizer."""
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write the trained model as `from_pretrained` reads it, if it does."""
 
     def metrics(self, means: dict[str, float]) -> dict[str, float]:
         """What is reported, from the means of what `measure` gave."""

@@ -42,6 +42,8 @@ class SequenceConfig(Config):
     lr: float = 3e-3
 
     free = Config.free | {"data_path"}
+    least = Config.least | {"hidden_size": 1, "num_layers": 1, "noise": 0}
+    shares = Config.shares | {"val_split", "dropout", "label_smoothing"}
 
 
 class Noisy(Dataset):

@@ -1,11 +1,16 @@
 """Trials of learning rates and batch sizes."""
 
-import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import optuna
 import torch
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState as State
+from sqlalchemy.exc import SQLAlchemyError
 
 from fused_ops.core.errors import ArgumentError
 from fused_ops.train import parallel
@@ -24,34 +29,51 @@ def sweep(recipe: type[Recipe], config: Config, device: torch.device) -> Config:
     """
     if config.resume is not None:
         raise ArgumentError("resume", "None in a sweep (sweep.db remembers what is done)", config.resume)
+    parallel.from_first(partial(config.output_dir.mkdir, parents=True, exist_ok=True))
+    with _remembering(config.output_dir / "sweep.db") as path:
+        return _best(recipe, config, device, path)
+
+
+def _best(recipe: type[Recipe], config: Config, device: torch.device, path: Path) -> Config:
     first = parallel.rank() == 0
-    study = _open(recipe, config) if first else None
-    while parallel.from_first(first and len(_done(study)) < config.sweep):
+    study = _open(recipe, config, path) if first else None
+    while parallel.from_first(lambda: len(_done(study)) < config.sweep):
         trial = study.ask() if first else None
-        options = parallel.from_first(_drawn(trial, config) if first else None)
+        options = parallel.from_first(partial(_drawn, trial, config))
         value, state = None, State.FAIL
-        with contextlib.suppress(FloatingPointError):
+        with suppress(FloatingPointError):
             value, state = Trainer(recipe(options), device).train(), State.COMPLETE
         if first:
             study.tell(trial, value, state)
-            print(f"{_described(options)}: {recipe.metric_for_best_model} {value}")
-    if not parallel.from_first(first and study.get_trials(states=[State.COMPLETE])):
+            print(f"{_described(options)}: {recipe.metric_for_best_model} {value}", flush=True)
+    if not parallel.from_first(lambda: bool(study.get_trials(states=[State.COMPLETE]))):
         raise FloatingPointError("the loss was not finite in any trial of the sweep: a lower lr may help")
-    best = parallel.from_first(_drawn(study.best_trial, config) if first else None)
+    best = parallel.from_first(lambda: _drawn(study.best_trial, config))
     if first:
         print(f"best of {config.sweep}: {_described(best)}")
     return best
+
+
+@contextmanager
+def _remembering(path: Path) -> Iterator[Path]:
+    """What a database raises is an OSError that names its file."""
+    try:
+        yield path
+    except (StorageInternalError, SQLAlchemyError) as error:
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise OSError(f"cannot use {path} ({cause})") from error
 
 
 def _described(options: Config) -> str:
     return f"{options.output_dir.name}, lr {options.lr:.3g}, batch_size {options.batch_size}"
 
 
-def _open(recipe: type[Recipe], config: Config) -> optuna.Study:
+def _open(recipe: type[Recipe], config: Config, path: Path) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
-        storage=f"sqlite:///{config.output_dir / 'sweep.db'}",
+        storage=f"sqlite:///{path}",
         study_name=recipe.name,
         direction="maximize" if recipe.greater_is_better else "minimize",
         load_if_exists=True,

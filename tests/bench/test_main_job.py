@@ -8,7 +8,6 @@ from bench.ops import check
 from bench.pretrained import PRETRAINED, WeightsMissing
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("pretrained", PRETRAINED, ids=lambda pretrained: pretrained.name)
 def test_a_fused_model_keeps_its_numbers_and_its_truths(pretrained):
     try:

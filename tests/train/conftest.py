@@ -3,8 +3,10 @@
 from importlib.util import find_spec
 
 import pytest
+import torch
 
-collect_ignore_glob = [] if find_spec("datasets") and find_spec("optuna") else ["test_*.py"]
+EXTRA = ("datasets", "optuna", "sklearn", "tensorboard", "tokenizers", "torchvision", "tqdm")
+collect_ignore_glob = [] if all(map(find_spec, EXTRA)) else ["test_*.py"]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -14,3 +16,12 @@ def _cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """What is trained here is tiny: a second thread would only be waited for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

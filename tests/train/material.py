@@ -97,15 +97,26 @@ TINY = {
 }
 
 
-def tiny(name: str, folder: Path, **options) -> Recipe:
-    """A recipe that trains in a second, on data that it writes into `folder`; output_dir is `folder`/run."""
+def write_data(name: str, folder: Path) -> dict:
+    """Options that name a recipe's data, which are written into `folder` if the package ships none."""
     if name == "language":
         (folder / "text.txt").write_text(f"{ZEN}\n{ESSAY}")
-        options = {"data_path": folder / "text.txt", "val_split": 0.1} | options
+        return {"data_path": folder / "text.txt", "val_split": 0.1}
     if name == "qa":
         if not (folder / "bert").exists():
             write_bert(folder / "bert")
-        file = write_squad(folder / "squad.json")
-        options = {"model_path": folder / "bert", "train_file": file} | options
+        return {"model_path": folder / "bert", "train_file": write_squad(folder / "squad.json")}
+    return {}
+
+
+def tiny(name: str, folder: Path, **options) -> Recipe:
+    """A recipe that trains in a second, on data in `folder`; output_dir is `folder`/run."""
     recipe = getattr(importlib.import_module(f"fused_ops.train.{name}"), RECIPES[name])
-    return recipe(recipe.config_class(**{"output_dir": folder / "run", "log_steps": 1} | TINY[name] | options))
+    given = {"output_dir": folder / "run", "log_steps": 1} | TINY[name] | write_data(name, folder) | options
+    return recipe(recipe.config_class(**given))
+
+
+def command_line(name: str, **options) -> list[str]:
+    """As `tiny`, for `main`; the data and output_dir have to be among the options."""
+    given = {"log_steps": 1} | TINY[name] | options
+    return [name, *(f"--{key}={value}" for key, value in given.items())]

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import optuna
 import pytest
 import torch
 
-from fused_ops.train.__main__ import RECIPES, main
+from fused_ops.train.__main__ import RECIPES, main, quiet_threads
 from fused_ops.train.config import Config, parse
 from fused_ops.train.image import ImageConfig
 from fused_ops.train.language import LanguageConfig
@@ -49,9 +50,10 @@ def test_help_names_every_option_and_what_it_is(name, capsys):
         ({"lr": 0.0}, "lr must be above 0 and at least min_lr, got 0.0 with min_lr 0.0"),
         ({"lr": 1e-4, "min_lr": 1e-3}, "lr must be above 0 and at least min_lr, got 0.0001 with min_lr 0.001"),
         ({"lr": float("nan")}, "lr must be above 0"),
-        ({"weight_decay": -0.1}, "weight_decay must be 0 or more, got -0.1"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
         ({"warmup_ratio": 1.5}, "warmup_ratio must be between 0 and 1, got 1.5"),
         ({"sweep_range": 0.5}, "sweep_range must be at least 1, got 0.5"),
+        ({"adam_beta2": 1.0}, "adam_beta2 must be below 1, got 1.0"),
         ({"test_only": True}, "resume must be the checkpoint to be tested, got None"),
     ),
 )
@@ -86,6 +88,20 @@ def test_a_checkpoint_can_be_tested_alone(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["results.json"]
 
 
+def test_a_thread_that_cannot_write_leaves_the_error_to_the_main_one(monkeypatch):
+    def fail(error: Exception) -> None:
+        raise error
+
+    said = []
+    monkeypatch.setattr(threading, "excepthook", lambda failed: said.append(failed.exc_type))
+    with quiet_threads():
+        for error in (OSError(), KeyError()):
+            thread = threading.Thread(target=fail, args=(error,))
+            thread.start()
+            thread.join()
+    assert said == [KeyError]
+
+
 def test_a_library_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "fused_ops.train.image", None)
     monkeypatch.setitem(sys.modules, "PIL", None)
@@ -117,6 +133,12 @@ def test_a_sweep_goes_on_where_it_was_cut_short(tmp_path):
     trials = sweep(tmp_path, 2)
     assert len(trials) == 2 and trials[0].params == first[0].params
     assert trials[1].params["lr"] != trials[0].params["lr"]
+
+
+def test_a_memory_of_a_sweep_that_is_none_is_refused(tmp_path):
+    (tmp_path / "sweep.db").write_text("no database" * 100)
+    with pytest.raises(SystemExit, match=r"error: cannot use .*sweep.db \(file is not a database\)"):
+        sweep(tmp_path, 1)
 
 
 def test_trials_that_diverge_have_failed(tmp_path):

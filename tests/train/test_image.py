@@ -99,7 +99,6 @@ def test_splits_with_other_classes_are_refused(tmp_path, capsys):
     assert "data_path must be a folder with the same classes in each split" in found
 
 
-@pytest.mark.slow
 def test_a_cnn_learns_the_digits(tmp_path):
     """98.5 % and more of the held-out digits, in less than two minutes of two cores."""
     start = time.process_time()

@@ -8,11 +8,13 @@ import torch
 from tokenizers import Tokenizer
 
 from bench.pretrained.text import ESSAY, ZEN
+from fused_ops.models import GPT
+from fused_ops.train import run
 from fused_ops.train.language import IGNORED, Blocks, LanguageConfig, LanguageModel
 from fused_ops.train.loop import Trainer
 from tests.train.bigram import KneserNey, best_perplexity
 from tests.train.material import tiny
-from tests.train.runs import CPU, train
+from tests.train.runs import CPU, assert_same
 
 
 @pytest.mark.parametrize("count", (2, 10, 11, 12, 101))
@@ -67,9 +69,11 @@ def test_one_text_is_cut_in_three(tmp_path):
     assert [len(part.splitlines()) for part in parts[1:]] == [round(0.1 * len("".join(parts).splitlines()))] * 2
 
 
-def test_the_tokenizer_is_kept_and_can_be_given(tmp_path):
-    recipe = tiny("language", tmp_path, max_steps=1)
-    train(recipe)
+def test_a_run_leaves_a_folder_that_from_pretrained_reads(tmp_path):
+    recipe = tiny("language", tmp_path, max_steps=4, eval_steps=2)
+    run(LanguageModel, recipe.config)
+    best = torch.load(tmp_path / "run/best.pt", weights_only=True)["model"]
+    assert_same(dict(GPT.from_pretrained(tmp_path / "run").state_dict()), best)
     kept = tmp_path / "run/tokenizer.json"
     assert Tokenizer.from_file(str(kept)).to_str() == recipe.tokenizer.to_str()
     other = tiny("language", tmp_path, tokenizer=kept, vocab_size=9999)

@@ -135,6 +135,17 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
         trainer.train()
 
 
+def test_weights_that_are_not_finite_are_not_kept(tmp_path):
+    """Neither logs nor validation see the step in which they come about."""
+    recipe = tiny("sequence", tmp_path, max_steps=10, save_steps=2, eval_steps=10, log_steps=10)
+    trainer, loss = Trainer(recipe, CPU), recipe.loss
+    recipe.loss = lambda model, batch: loss(model, batch) * (math.nan if trainer.step == 4 else 1)
+    with pytest.raises(FloatingPointError, match="the loss is nan in step 6"):
+        trainer.train()
+    state = saved(tmp_path / "run")
+    assert state["step"] == 4 and all(weight.isfinite().all() for weight in state["model"].values())
+
+
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"batch_size .*at most the 185 training samples.* 400 a step"):
         Trainer(tiny("language", tmp_path, batch_size=100, gradient_accumulation_steps=4), CPU)

@@ -8,48 +8,57 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from fused_ops.models import GPT, ResNet
 from fused_ops.train import parallel
 from fused_ops.train.__main__ import main
 from tests.support import randn
-from tests.train.material import TINY, write_bert, write_squad
+from tests.train.material import command_line, write_data
 from tests.train.runs import assert_same, rows, saved
 
-RECIPES = ("sequence", "language", "qa")
+RECIPES = {"image": {}, "language": {"dropout": 0.1}, "qa": {"dropout": 0.1}, "sequence": {"dropout": 0.2}}
 KINDS = ("ddp", "fsdp")
-STEPS = ("--max-steps", "6", "--save-steps", "3", "--eval-steps", "3", "--log-steps", "1")
+STEPS = {"max_steps": 6, "save_steps": 3, "eval_steps": 3}
 
 
-def arguments(name: str, folder: Path, batch: int, *more: str, **options) -> list[str]:
-    options = TINY[name] | options | {"batch_size": batch, "output_dir": folder}
-    return [name, *(f"--{key}={value}" for key, value in options.items()), *STEPS, *more]
-
-
-def torchrun(*command: str) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
-    done = subprocess.run(launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def train(folder: Path) -> None:
+    """Runs, each in a folder: RECIPE/one of one process, RECIPE/ddp and RECIPE/fsdp of two, on the same batches; with
+    dropout, RECIPE/KIND/whole and RECIPE/KIND/cut, which was killed in step 5 and went on from step 3; wild/ddp and
+    wild/fsdp, which get worse; and one in a folder that has a run, which ends them all."""
+    commands = []
+    for name, dropout in RECIPES.items():
+        options = STEPS | write_data(name, folder)
+        same = options | dict.fromkeys(dropout, 0.0) | {"gradient_accumulation_steps": 2}
+        main(command_line(name, **same | {"batch_size": 8, "output_dir": folder / name / "one"}))
+        for kind in KINDS:
+            two = {"parallel": kind, "batch_size": 4}
+            commands.append((command_line(name, **same | two | {"output_dir": folder / name / kind}), None))
+            for run in ("whole", "cut"):
+                more = options | dropout | two | {"output_dir": folder / name / kind / run}
+                commands.append((command_line(name, **more), 5 if run == "cut" else None))
+            commands.append((command_line(name, **more, resume=folder / name / kind / "cut/last.pt"), None))
+    for kind in KINDS:
+        wild = STEPS | {"parallel": kind, "eval_steps": 1, "lr": 0.5, "output_dir": folder / "wild" / kind}
+        commands.append((command_line("sequence", **wild), None))
+    commands.append(commands[-1])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += ["-m", "tests.train.two_processes", json.dumps(commands)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "datasets")}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    (folder / "stderr").write_text(done.stderr)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Folders of runs: RECIPE/one of one process, RECIPE/ddp and RECIPE/fsdp of two; with dropout, whole/ddp and
-    whole/fsdp, and cut/ddp and cut/fsdp, which were killed in step 5 and went on from step 3."""
-    folder = tmp_path_factory.mktemp("runs")
-    accumulate, commands = "--gradient-accumulation-steps=2", []
-    for name in RECIPES:
-        options = {"dropout": 0.0}
-        if name == "qa":
-            options |= {"model_path": write_bert(folder / "bert"), "train_file": write_squad(folder / "squad.json")}
-        main(arguments(name, folder / name / "one", 8, accumulate, **options))
-        for kind in KINDS:
-            two = arguments(name, folder / name / kind, 4, accumulate, f"--parallel={kind}", **options)
-            commands.append((two, None))
-    for kind in KINDS:
-        whole, cut = (arguments("sequence", folder / run / kind, 4, f"--parallel={kind}") for run in ("whole", "cut"))
-        commands += [(whole, None), (cut, 5), ([*cut, f"--resume={folder}/cut/{kind}/last.pt"], None)]
-    torchrun("-m", "tests.train.two_processes", json.dumps(commands))
+    """What `train` leaves, once for all of pytest-xdist's processes."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            train(folder)
     return folder
 
 
@@ -67,13 +76,25 @@ def test_two_processes_are_one(name, kind, runs):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_goes_on_in_two_processes(kind, runs):
-    whole, cut = (saved(runs / folder / kind) for folder in ("whole", "cut"))
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_goes_on_in_two_processes(name, kind, runs):
+    whole, cut = (saved(runs / name / kind / run) for run in ("whole", "cut"))
     for state in (whole, cut):
         state.pop("config")
     assert_same(whole, cut)
     mine, other = (state["torch"] for state in whole["random"])
     assert not torch.equal(mine, other)  # each process has its own dropout
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_after_a_validation_that_is_not_the_best(kind, runs):
+    assert saved(runs / "wild" / kind, "best.pt")["step"] < saved(runs / "wild" / kind)["step"] == 6
+
+
+def test_an_error_of_the_first_process_is_the_only_one(runs):
+    said = (runs / "stderr").read_text()
+    assert said.count("error: output_dir must be a folder without a run") == 1, said
+    assert "fused_ops/train" not in said  # no traceback but torchrun's own
 
 
 def test_what_fsdp_gathers_at_a_time_is_a_layer():

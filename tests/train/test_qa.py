@@ -79,6 +79,18 @@ def test_a_file_or_folder_that_is_missing_is_refused(tmp_path):
         tiny("qa", tmp_path, model_path=tmp_path)
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    (
+        ({"doc_stride": 48}, "doc_stride must be well below max_seq_length, 48, got 48"),
+        ({"max_seq_length": 600}, "max_seq_length must be at most the model's 512 positions, got 600"),
+    ),
+)
+def test_windows_that_do_not_fit_are_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        tiny("qa", tmp_path, **options).model()
+
+
 def test_windows_cover_a_long_passage_and_find_the_answer(tmp_path):
     recipe = tiny("qa", tmp_path, max_seq_length=32, doc_stride=6)
     seen = 0
@@ -165,7 +177,14 @@ def test_minilm_learns_a_file(unanswerable, tmp_path):
         pytest.skip(str(missing))
     file = write_squad(tmp_path / "squad.json", unanswerable=unanswerable)
     config = QuestionAnsweringConfig(
-        output_dir=tmp_path / "run", model_path=folder, train_file=file, epochs=25, lr=3e-4, save_steps=1000
+        output_dir=tmp_path / "run",
+        model_path=folder,
+        train_file=file,
+        epochs=20,
+        batch_size=6,
+        lr=1.5e-4,
+        dropout=0.0,
+        eval_steps=100,
     )
     recipe = QuestionAnswering(config)
     trainer = Trainer(recipe, CPU)

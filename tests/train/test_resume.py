@@ -14,8 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fused_ops.train import checkpoint
 from fused_ops.train.__main__ import main
+from fused_ops.train.logs import writing
 from fused_ops.train.loop import Trainer
-from tests.train.material import TINY, tiny
+from tests.train.material import TINY, command_line, tiny, write_data
 from tests.train.runs import CPU, again, assert_same, rows, saved, train
 
 
@@ -40,10 +41,6 @@ def test_a_run_that_is_cut_short_ends_with_the_same_weights(name, tmp_path):
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 10))
 
 
-def command(name: str, folder: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "fused_ops.train", name, "--output-dir", str(folder), *options]
-
-
 def progress(folder: Path) -> int:
     """The last step that the log has."""
     try:
@@ -52,23 +49,20 @@ def progress(folder: Path) -> int:
         return 0
 
 
-@pytest.mark.parametrize(
-    "name", ("sequence", *(pytest.param(name, marks=pytest.mark.slow) for name in ("image", "language")))
-)
+@pytest.mark.parametrize("name", TINY)
 def test_a_process_that_is_killed_goes_on_to_the_same_weights(name, tmp_path):
-    sizes = {"image": (), "language": ("--n-layer", "1"), "sequence": ("--hidden-size", "16")}[name]
-    options = (*sizes, "--max-steps", "60", "--save-steps", "7", "--eval-steps", "30", "--log-steps", "1")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    options = write_data(name, tmp_path) | {"max_steps": 100, "save_steps": 7, "eval_steps": 50}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    first = subprocess.Popen(command(name, whole, *options), env=environment)
-    second = subprocess.Popen(command(name, cut, *options), env=environment)
-    while second.poll() is None and progress(cut) < 16:
+    arguments = command_line(name, output_dir=cut, **options)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    process = subprocess.Popen([sys.executable, "-m", "fused_ops.train", *arguments], env=environment)
+    while process.poll() is None and progress(cut) < 16:
         time.sleep(0.002)
-    second.send_signal(signal.SIGKILL)
-    assert second.wait() == -signal.SIGKILL, "it ended before it could be killed"
-    assert 14 <= saved(cut)["step"] < 60
-    subprocess.run(command(name, cut, *options, "--resume", str(cut / "last.pt")), env=environment, check=True)
-    assert first.wait() == 0
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    assert 14 <= saved(cut)["step"] < 100
+    main([*arguments, f"--resume={cut}/last.pt"])
+    main(command_line(name, output_dir=whole, **options))
     assert_same(without_config(saved(cut)), without_config(saved(whole)))
     assert_same(saved(cut, "best.pt")["model"], saved(whole, "best.pt")["model"])
 
@@ -128,6 +122,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     assert saved(tmp_path / "run")["step"] == 2
     resumed = train(tiny("sequence", tmp_path, max_steps=6, save_steps=2, resume=tmp_path / "run/last.pt"))
     assert resumed.step == 6
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    wanted = r"cannot write .*log.csv \(No space left on device\)"
+    with pytest.raises(OSError, match=wanted), writing(tmp_path / "log.csv"), open("/dev/full", "w") as file:
+        file.write("step")
 
 
 def test_a_disk_that_fills_up_halfway_through_a_file(tmp_path, monkeypatch):

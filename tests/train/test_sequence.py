@@ -66,7 +66,6 @@ def test_a_folder_that_is_not_an_archive_is_refused(kind, tmp_path):
         tiny("sequence", tmp_path, data_path=tmp_path / "Name")
 
 
-@pytest.mark.slow
 def test_an_lstm_learns_the_digits_row_by_row(tmp_path):
     trainer = Trainer(SequenceClassification(SequenceConfig(output_dir=tmp_path)), CPU)
     trainer.train()
