@@ -188,7 +188,7 @@ def _idle(module: nn.Module, sizes: tuple | None) -> bool:
     return sizes is not None and seen is not None and seen.served.get(sizes) is False
 
 
-def _served(found: "Plan", module: nn.Module, args: tuple, sizes: tuple | None):
+def _served(found: Plan, module: nn.Module, args: tuple, sizes: tuple | None):
     """The generated forward; the first for its `sizes` is looked at, to know whether a kernel served any chain."""
     served = module.__dict__[_PLAN].served
     if sizes is None or sizes in served:

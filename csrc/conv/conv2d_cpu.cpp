@@ -1,14 +1,15 @@
-// conv2d_cpu and conv_bn_act2d_cpu: the 1x1 kernels and the depthwise one, each compiled for AVX-512, AVX2 and whatever the
-// compiler targets by default; the processor decides at run time. conv_bn_act2d_cpu folds batch norm into scale and shift
-// itself, in every call: that is a few hundred numbers, where as tensors it would be five ops.
+// conv2d_cpu and conv_bn_act2d_cpu: the 1x1 and the depthwise kernel, and for channels_last a direct one and Winograd's, each
+// compiled for AVX-512, AVX2 and whatever the compiler targets by default; the processor decides at run time.
+// conv_bn_act2d_cpu folds batch norm into scale and shift itself, in every call: that is a few hundred numbers, where as
+// tensors it would be five ops.
 #include <torch/headeronly/core/MemoryFormat.h>
 
 #include <cmath>
 
 #include "common/check.h"
 #include "conv/depthwise_cpu.h"
+#include "conv/direct_cpu.h"
 #include "conv/pointwise_cpu.h"
-#include "conv/pointwise_last_cpu.h"
 #include "conv/winograd_cpu.h"
 
 namespace fused_ops::conv {
@@ -25,11 +26,11 @@ FUSED_OPS_AVX512 void pointwise_512(const Pointwise& p, const PointwisePlan& pla
 FUSED_OPS_AVX2 void pointwise_256(const Pointwise& p, const PointwisePlan& plan, int64_t begin, int64_t end) {
   pointwise_tasks<8, 4>(p, plan, begin, end);
 }
-FUSED_OPS_AVX512 void last_512(const PointwiseLast& p, const LastPlan& plan, int64_t begin, int64_t end) {
-  last_tasks<16, 8>(p, plan, begin, end);
+FUSED_OPS_AVX512 void direct_512(const Direct& p, const LastPlan& plan, int64_t begin, int64_t end) {
+  direct_tasks<16, 8>(p, plan, begin, end);
 }
-FUSED_OPS_AVX2 void last_256(const PointwiseLast& p, const LastPlan& plan, int64_t begin, int64_t end) {
-  last_tasks<8, 4>(p, plan, begin, end);
+FUSED_OPS_AVX2 void direct_256(const Direct& p, const LastPlan& plan, int64_t begin, int64_t end) {
+  direct_tasks<8, 4>(p, plan, begin, end);
 }
 FUSED_OPS_AVX512 void filters_512(const Winograd& p, int64_t first, int64_t last, int64_t begin, int64_t end, float* filters) {
   winograd_filters<16>(p, first, last, begin, end, filters);
@@ -55,8 +56,8 @@ FUSED_OPS_AVX512 void depthwise_512(const Depthwise& d, int64_t begin, int64_t e
 void pointwise_128(const Pointwise& p, const PointwisePlan& plan, int64_t begin, int64_t end) {
   pointwise_tasks<4, 4>(p, plan, begin, end);
 }
-void last_128(const PointwiseLast& p, const LastPlan& plan, int64_t begin, int64_t end) {
-  last_tasks<4, 4>(p, plan, begin, end);
+void direct_128(const Direct& p, const LastPlan& plan, int64_t begin, int64_t end) {
+  direct_tasks<4, 4>(p, plan, begin, end);
 }
 void filters_128(const Winograd& p, int64_t first, int64_t last, int64_t begin, int64_t end, float* filters) {
   winograd_filters<4>(p, first, last, begin, end, filters);
@@ -70,7 +71,7 @@ void depthwise_128(const Depthwise& d, int64_t begin, int64_t end) { depthwise_a
 struct Kernels {
   int64_t lanes;
   void (*pointwise)(const Pointwise&, const PointwisePlan&, int64_t, int64_t);
-  void (*last)(const PointwiseLast&, const LastPlan&, int64_t, int64_t);
+  void (*direct)(const Direct&, const LastPlan&, int64_t, int64_t);
   void (*filters)(const Winograd&, int64_t, int64_t, int64_t, int64_t, float*);
   void (*winograd)(const Winograd&, const LastPlan&, int64_t, int64_t, const float*, int64_t, int64_t);
   void (*depthwise)(const Depthwise&, int64_t, int64_t);
@@ -80,13 +81,13 @@ struct Kernels {
 Kernels kernels(int64_t lanes) {
 #if defined(__x86_64__)
   if (lanes >= 16 && __builtin_cpu_supports("avx512f")) {
-    return {16, pointwise_512, last_512, filters_512, winograd_512, depthwise_512};
+    return {16, pointwise_512, direct_512, filters_512, winograd_512, depthwise_512};
   }
   if (lanes >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return {8, pointwise_256, last_256, filters_256, winograd_256, depthwise_256};
+    return {8, pointwise_256, direct_256, filters_256, winograd_256, depthwise_256};
   }
 #endif
-  return {4, pointwise_128, last_128, filters_128, winograd_128, depthwise_128};
+  return {4, pointwise_128, direct_128, filters_128, winograd_128, depthwise_128};
 }
 
 const float* data(const std::optional<Tensor>& tensor) {
@@ -118,12 +119,39 @@ void run(const Depthwise& d, int64_t batch, const Kernels& chosen) {
                               [&](int64_t begin, int64_t end) { chosen.depthwise(d, begin, end); });
 }
 
-void run(const PointwiseLast& p, const Kernels& chosen) {
+void run(const Direct& p, const Kernels& chosen) {
   const int64_t panels = count_panels(p.out_channels, chosen.lanes);
-  const int64_t threads = threads_for(p.pixels() * p.channels * p.out_channels);
+  const int64_t threads = threads_for(p.pixels() * p.depth() * p.out_channels);
   const LastPlan plan = plan_last(panels, p.pixels(), threads);
   torch::stable::parallel_for(0, plan.tasks(), 1,
-                              [&](int64_t begin, int64_t end) { chosen.last(p, plan, begin, end); });
+                              [&](int64_t begin, int64_t end) { chosen.direct(p, plan, begin, end); });
+}
+
+struct Image {
+  const float* data;
+  int64_t batch, height, width, channels;
+};
+
+// The image with zeros around it, in memory of this thread's.
+const float* padded(const Image& image, const std::vector<int64_t>& padding) {
+  if (padding == std::vector<int64_t>(4, 0)) return image.data;
+  const int64_t height = image.height + padding[0] + padding[2], row = image.width * image.channels;
+  const int64_t left = padding[1] * image.channels, right = padding[3] * image.channels, pitch = left + row + right;
+  float* const memory = workspace<Image>(image.batch * height * pitch);
+  torch::stable::parallel_for(0, image.batch * height, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      float* const to = memory + i * pitch;
+      const int64_t y = i % height - padding[0];
+      if (y < 0 || y >= image.height) {
+        std::fill_n(to, pitch, 0.0f);
+        continue;
+      }
+      std::fill_n(to, left, 0.0f);
+      std::copy_n(image.data + (i / height * image.height + y) * row, row, to + left);
+      std::fill_n(to + left + row, right, 0.0f);
+    }
+  });
+  return memory;
 }
 
 void run(const Winograd& p, const Kernels& chosen) {
@@ -198,18 +226,20 @@ Tensor convolve(const Tensor& input, const Tensor& weight, const float* scale, c
   const Kernels chosen = kernels(lanes);
   const bool single = weight.size(2) == 1 && weight.size(3) == 1 && padding == Ints(4, 0);
   if (last) {
-    if (groups == 1 && single) {
-      run(PointwiseLast{x, w, scale, shift, data(residual), y,
-                        batch, input.size(2), input.size(3), channels, space[0], space[1], out_channels,
-                        {stride[0], stride[1]}, activation}, chosen);
+    STD_TORCH_CHECK(groups == 1, "conv2d_cpu takes no groups where input is channels_last");
+    const bool taps_last = weight.is_contiguous() && channels > 1 && weight.size(2) * weight.size(3) > 1;
+    if (weight.size(2) == 3 && weight.size(3) == 3 && stride == Ints{1, 1} && dilation == Ints{1, 1}) {
+      run(Winograd{x, w, scale, shift, data(residual), y,
+                   batch, input.size(2), input.size(3), channels, space[0], space[1], out_channels,
+                   padding[0], padding[1], taps_last, activation}, chosen);
       return output;
     }
-    const bool filtered = weight.size(2) == 3 && weight.size(3) == 3 && stride == Ints{1, 1} && dilation == Ints{1, 1};
-    STD_TORCH_CHECK(groups == 1 && filtered,
-                    "conv2d_cpu takes weights of 1x1, or of 3x3 and stride 1, where input is channels_last");
-    run(Winograd{x, w, scale, shift, data(residual), y,
-                 batch, input.size(2), input.size(3), channels, space[0], space[1], out_channels,
-                 padding[0], padding[1], weight.is_contiguous(), activation}, chosen);
+    STD_TORCH_CHECK(!taps_last, "weight must be channels_last where input is");
+    const Image image{x, batch, input.size(2), input.size(3), channels};
+    run(Direct{padded(image, padding), w, scale, shift, data(residual), y,
+               batch, image.height + padding[0] + padding[2], image.width + padding[1] + padding[3], channels,
+               space[0], space[1], out_channels,
+               {weight.size(2), weight.size(3)}, {stride[0], stride[1]}, {dilation[0], dilation[1]}, activation}, chosen);
     return output;
   }
   if (groups == 1 && single && stride == Ints{1, 1}) {

@@ -221,7 +221,7 @@ def conv1d_cpu(input, weight, bias, stride, padding, dilation, groups, scale, sh
 
 
 def vectorised(input, weight, stride, padding, dilation, groups) -> bool:
-    """Whether the C++ CPU kernels take this: contiguous 1x1 or depthwise, channels_last 1x1 or `filtered`.
+    """Whether the C++ CPU kernels take this: contiguous 1x1 or depthwise, channels_last 1x1, `filtered` or `direct`.
 
     What is laid out both ways by chance (one channel, one pixel) is contiguous.
     """
@@ -229,11 +229,12 @@ def vectorised(input, weight, stride, padding, dilation, groups) -> bool:
     filters, depth, rows, columns = weight.shape
     plane, row, filter = height * width, width * channels, rows * columns
     if groups == 1:
-        last = input.stride() == (plane * channels, 1, row, channels)
+        last = input.stride() == (plane * channels, 1, row, channels) and not plane == channels == 1
         if rows != 1 or columns != 1 or padding != (0, 0):
-            return last and filtered(input, weight, stride, padding, dilation)
+            kinds = filtered, direct
+            return last and any(kind(input, weight, stride, padding, dilation) for kind in kinds)
         if last and weight.is_contiguous():
-            return not plane == channels == 1
+            return True
         if stride != (1, 1):
             return False
     elif groups != channels or groups != filters:
@@ -255,6 +256,17 @@ def filtered(input, weight, stride, padding, dilation) -> bool:
     if min(filters, channels) < 16 or channels > 1024 or not (weight.is_contiguous() or channels_last(weight)):
         return False
     return filters * channels <= 8192 * tiles(input, weight, stride, padding, dilation)
+
+
+def direct(input, weight, stride, padding, dilation) -> bool:
+    """Whether the C++ kernel takes a channels_last convolution of any other kind: where it is faster than oneDNN.
+
+    It is where pixels are few, since it reads weights as they are (bench/results/cpu/conv_filters.json).
+    """
+    if not channels_last(weight) or (weight.shape[2:] == (3, 3) and stride == dilation == (1, 1)):
+        return False
+    batch, _, height, width = output_shape(input, weight, stride, padding, dilation)
+    return batch * height * width <= (512 if weight.size(1) >= 8 else 4096)
 
 
 def tiles(input, weight, stride, padding, dilation) -> int:

@@ -61,7 +61,7 @@ def cpu_worthwhile(
 ) -> str | None:
     """By `MEASURED`: the C++ kernels win where scale or shift saves a pass, 3x3 alone; oneDNN's fused ones do not."""
     mine = input.dim() == 4 and padding != "same" and op.vectorised(input, weight, stride, padding, dilation, groups)
-    if mine and groups == 1 and weight.size(2) == 3:
+    if mine and groups == 1 and op.filtered(input, weight, stride, padding, dilation):
         return _small_3x3(input, weight, stride, padding, dilation)
     if scale is None and shift is None:
         return "has no scale or shift to fuse"
