@@ -127,6 +127,8 @@ void run(const Direct& p, const Kernels& chosen) {
                               [&](int64_t begin, int64_t end) { chosen.direct(p, plan, begin, end); });
 }
 
+constexpr int64_t kStreamed = 1 << 22;  // floats of an output that no cache holds
+
 struct Image {
   const float* data;
   int64_t batch, height, width, channels;
@@ -239,7 +241,9 @@ Tensor convolve(const Tensor& input, const Tensor& weight, const float* scale, c
     run(Direct{padded(image, padding), w, scale, shift, data(residual), y,
                batch, image.height + padding[0] + padding[2], image.width + padding[1] + padding[3], channels,
                space[0], space[1], out_channels,
-               {weight.size(2), weight.size(3)}, {stride[0], stride[1]}, {dilation[0], dilation[1]}, activation}, chosen);
+               {weight.size(2), weight.size(3)}, {stride[0], stride[1]}, {dilation[0], dilation[1]}, activation,
+               output.numel() >= kStreamed && out_channels % chosen.lanes == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0},
+        chosen);
     return output;
   }
   if (groups == 1 && single && stride == Ints{1, 1}) {

@@ -19,6 +19,7 @@ struct Direct {
   float* output;
   int64_t batch, height, width, channels, out_height, out_width, out_channels;  // height, width: padding included
   int64_t kernel[2], stride[2], dilation[2], activation;
+  bool streams;  // the output past the caches: aligned, and full vectors
 
   int64_t pixels() const { return batch * out_height * out_width; }
   int64_t depth() const { return kernel[0] * kernel[1] * channels; }
@@ -82,7 +83,8 @@ FUSED_OPS_INLINE void direct_tile(const Direct& p, int64_t pixel, const Panel& p
         y += other;
       }
       activate<N>(y, p.activation);
-      store_some<N>(p.output + at, y, lanes);
+      if (p.streams) stream<N>(p.output + at, y);
+      else store_some<N>(p.output + at, y, lanes);
     }
   }
 }
@@ -117,6 +119,7 @@ FUSED_OPS_INLINE void direct_tasks(const Direct& p, const LastPlan& plan, int64_
       for (int64_t i = first; i < last; ++i)
         make_panel<N>(p, Panel(i, p.out_channels, N), memory + (i - first) * p.floats(N));
       direct_pixels<N, ROWS>(p, pixel, stop, first, last, memory);
+      if (p.streams) fence();
     }
   }
 }

@@ -29,6 +29,21 @@ template <int N> FUSED_OPS_INLINE void store_some(float* to, const Vector<N>& fr
   else std::memcpy(to, &from, count * sizeof(float));
 }
 
+// A store past the caches, for what is larger than they are: `to` must be aligned, and a fence must follow the last.
+template <int N> FUSED_OPS_INLINE void stream(float* to, const Vector<N>& from) {
+#if defined(__x86_64__)
+  if constexpr (N == 4) asm volatile("movntps %1, %0" : "=m"(*reinterpret_cast<Vector<N>*>(to)) : "x"(from));
+  else asm volatile("vmovntps %1, %0" : "=m"(*reinterpret_cast<Vector<N>*>(to)) : "x"(from));
+#else
+  store<N>(to, from);
+#endif
+}
+inline void fence() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 // A thread's own memory for a PURPOSE, which it keeps: pages that the system has to clear cost more than their use.
 template <typename PURPOSE> float* workspace(int64_t floats) {
   constexpr std::align_val_t kLine{64};

@@ -191,7 +191,7 @@ def conv_bn_act2d_cpu(
     residual = _full(residual, input, weight, stride, padding, dilation)
     call = (input, weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, residual, stride, padding)
     mine = vectorised(input, weight, stride, padding, dilation, groups)
-    if not mine or (weight.size(2) == weight.size(3) == 1 and _better_on_onednn(input)):
+    if not mine or (weight.size(2) == weight.size(3) == 1 and _better_on_onednn(input, weight, residual)):
         # An op written in Python costs as much as a small convolution: only who traces needs to see it.
         traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing()
         onednn = torch.ops.fused_ops.conv_bn_act2d_onednn if traced else conv_bn_act2d_onednn
@@ -201,13 +201,18 @@ def conv_bn_act2d_cpu(
     return y if activation == inside else reference.overwritten(y, activation)
 
 
-def _better_on_onednn(input) -> bool:
+def _better_on_onednn(input, weight, residual) -> bool:
     """Whether the C++ kernel for channels_last, which reads weights as they are, loses to oneDNN on kept ones.
 
-    It does where pixels are many (bench/results/cpu/conv_pointwise.json), or more than a cache holds.
+    It does where pixels are many (bench/results/cpu/conv_pointwise.json), or more than a cache holds: unless memory
+    decides, since it adds and writes an output of that size in one pass.
     """
-    pixels = input.size(0) * input.size(2) * input.size(3)
-    return (pixels > 4096 or pixels * input.size(1) > 1 << 20) and channels_last(input)
+    if not channels_last(input):
+        return False
+    pixels, channels, filters = input.size(0) * input.size(2) * input.size(3), input.size(1), weight.size(0)
+    if residual is not None and filters >= 4 * channels and pixels * filters >= 1 << 22 and channels <= 64:
+        return False
+    return pixels > 4096 or pixels * channels > 1 << 20
 
 
 def conv1d_cpu(input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation):

@@ -42,6 +42,16 @@ def test_every_remainder(size, lanes):
             assert_accurate(got, want, terms=w[0].numel() + 3)
 
 
+@pytest.mark.parametrize("lanes", (16, 8, 4))
+@pytest.mark.parametrize("filters", [64, 68], ids="{} filters".format)
+def test_an_output_that_no_cache_holds(filters, lanes):
+    x, w, residual = last(1, 6, 512, 128), last(filters, 6, 1, 1, seed=1), last(1, filters, 512, 128, seed=2)
+    call = (x, w, None, None, residual, (1, 1), (0, 0), (1, 1), 1, reference.CODES["relu"])
+    got = torch.ops.fused_ops.conv2d_cpu(*call, lanes=lanes)
+    want = plain(F.conv2d, x.double(), w.double(), None, 1, 0, 1, 1, None, None, residual.double(), "relu")
+    assert_accurate(got, want, terms=8)
+
+
 def test_what_is_not_finite_is_where_pytorch_has_it():
     x, w = last(1, 4, 9, 8), last(5, 4, 3, 3, seed=1)
     x[0, :, 4, 4], x[0, 1, 0, 7], x[0, 2, 8, 0] = float("inf"), float("nan"), -float("inf")
