@@ -21,6 +21,17 @@ def noncontiguous(tensor: Tensor) -> Tensor:
     return wide[..., 0].requires_grad_(tensor.requires_grad)
 
 
+@contextmanager
+def threads(count: int):
+    """Within the block, torch computes with `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def error(value: Tensor, exact: Tensor) -> float:
     """Largest absolute difference from the float64 oracle; infinite if one is NaN where the other is not."""
     value, exact = value.detach().cpu().double(), exact.detach().cpu().double()

@@ -6,8 +6,8 @@ backend="cpu", and the ratio. The eager epilogue is F.batch_norm for scale and s
 modules one by one. `chains` are 1x1 convolutions with a batch norm and ReLU6 as the modules run them, down to the
 smallest: eager is PyTorch's three modules, cpu the backend's conv_bn_act2d alone, both in CPU time on one thread, which
 a neighbour hardly disturbs. `chains_channels_last` are the same in channels_last, where cpu is the C++ kernel, which
-reads the weights as they are, and onednn the other way to serve them: oneDNN on weights kept between calls. `--chains`
-measures the chains and keeps the rows.
+reads the weights as they are, and onednn the other way to serve them: oneDNN on weights kept between calls. `residuals`
+add a residual, and their output is about as large as a cache or larger. `--chains` measures the chains and keeps the rows.
 """
 
 import argparse
@@ -73,6 +73,16 @@ CHAINS_LAST = (
 )
 
 
+RESIDUALS = (
+    (1, 64, 256, 56),
+    (2, 64, 256, 56),
+    (8, 64, 256, 56),
+    (16, 64, 256, 56),
+    (8, 128, 512, 28),
+    (8, 256, 1024, 14),
+)
+
+
 def row(name: str, layout: str, epilogue: str) -> dict:
     batch, channels, out_channels, size, kernel, stride, groups = SHAPES[name]
     x = randn(batch, channels, size, size).contiguous(memory_format=LAYOUTS[layout])
@@ -103,12 +113,25 @@ def row(name: str, layout: str, epilogue: str) -> dict:
     return {**place, **times, "ratio": ratio, "disturbed": found.disturbed}
 
 
-def chain(batch: int, channels: int, out_channels: int, size: int, last: bool) -> dict:
+class Residual(nn.Module):
+    """relu6(chain(x) + residual) of a chain's first two modules."""
+
+    def __init__(self, chain: nn.Sequential, residual: torch.Tensor):
+        super().__init__()
+        self.chain, self.residual = chain, residual
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu6(self.chain[1](self.chain[0](x)).add_(self.residual), inplace=True)
+
+
+def chain(batch: int, channels: int, out_channels: int, size: int, last: bool, adds: bool = False) -> dict:
     conv, norm = nn.Conv2d(channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
     layout = torch.channels_last if last else torch.contiguous_format
     eager = nn.Sequential(conv, norm, nn.ReLU6(inplace=True)).eval().to(memory_format=layout)
     x = torch.empty(batch, channels, size, size, memory_format=layout).copy_(randn(batch, channels, size, size))
-    statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, None)
+    residual = torch.rand(batch, out_channels, size, size).to(memory_format=layout) if adds else None
+    eager = Residual(eager, residual) if adds else eager
+    statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, residual)
     call = (x, conv.weight, None, *statistics, conv.stride, conv.padding, conv.dilation, conv.groups)
     code = reference.CODES["relu6"]
     rivals = {"eager": partial(eager, x), "cpu": partial(torch.ops.fused_ops.conv_bn_act2d_cpu, *call, code)}
@@ -137,7 +160,8 @@ def main() -> None:
     torch.set_num_threads(1)
     results["chains"] = [chain(*sizes, last=False) for sizes in CHAINS]
     results["chains_channels_last"] = [chain(*sizes, last=True) for sizes in CHAINS_LAST]
-    for found in results["chains"] + results["chains_channels_last"]:
+    results["residuals"] = [chain(*sizes, last=True, adds=True) for sizes in RESIDUALS]
+    for found in results["chains"] + results["chains_channels_last"] + results["residuals"]:
         print(*(f"{value!s:<12}" for value in found.values()))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")

@@ -9,7 +9,6 @@ One thread, CPU time, which a neighbour hardly disturbs; the rivals in turn. A g
 import argparse
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import machine
+from bench.measure.decode_cpu import cpu_microseconds
 from fused_ops.integrations import dynamo
 from fused_ops.integrations.dynamo import attention as rewriting
 from tests.support import randn
@@ -73,22 +73,10 @@ class Bottleneck(nn.Module):
         return y
 
 
-def microseconds(rivals: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """The 10th percentile of this thread's CPU time per call, the rivals in turn."""
-    samples = {name: [] for name in rivals}
-    for call in (*rivals.values(), *rivals.values()):
-        call()
-    stop = time.perf_counter() + seconds * len(rivals)
-    while time.perf_counter() < stop or min(map(len, samples.values())) < 10:
-        for name, call in rivals.items():
-            start = time.thread_time()
-            call()
-            samples[name].append(time.thread_time() - start)
-    return {name: sorted(taken)[len(taken) // 10] * 1e6 for name, taken in samples.items()}
-
-
 def row(described: dict, rivals: dict[str, Callable[[], object]], seconds: float) -> dict:
-    found = microseconds(rivals, seconds)
+    for call in rivals.values():
+        call()  # compiles; so may the first call that is timed
+    found = cpu_microseconds(rivals, seconds)
     times = {f"{name}_us": round(taken, 1) for name, taken in found.items()}
     described |= times | {"ratio": round(found["written"] / found["rewritten"], 2)}
     print(*(f"{value!s:>10}" for value in described.values()), flush=True)

@@ -236,8 +236,8 @@ def vectorised(input, weight, stride, padding, dilation, groups) -> bool:
     if groups == 1:
         last = input.stride() == (plane * channels, 1, row, channels) and not plane == channels == 1
         if rows != 1 or columns != 1 or padding != (0, 0):
-            kinds = filtered, direct
-            return last and any(kind(input, weight, stride, padding, dilation) for kind in kinds)
+            place = (stride, padding, dilation)
+            return last and (filtered(input, weight, *place) or direct(input, weight, *place))
         if last and weight.is_contiguous():
             return True
         if stride != (1, 1):

@@ -1,5 +1,6 @@
 """What a recipe is: a task's data, model, loss and metrics, for the loop that all recipes share."""
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from fused_ops.train.config import Config
 Sums = dict[str, tuple[Tensor | float, Tensor | int]]
 
 
-class Recipe:
+class Recipe(ABC):
     """A task. Its constructor reads the data; a batch is a list, of which the loop moves tensors to the device.
 
     Attributes:
@@ -36,20 +37,21 @@ class Recipe:
     def __init__(self, config: Config):
         self.config = config
 
+    @abstractmethod
     def model(self) -> nn.Module:
         """The model, with its initial weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, model: nn.Module, batch: list) -> Tensor:
         """Mean over a batch of `train`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def measure(self, model: nn.Module, batch: list) -> Sums:
         """Metrics of a batch of `valid` or `test`, each as a sum and a count."""
-        raise NotImplementedError
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the trained model as `from_pretrained` reads it, if it does."""
+        return
 
     def metrics(self, means: dict[str, float]) -> dict[str, float]:
         """What is reported, from the means of what `measure` gave."""

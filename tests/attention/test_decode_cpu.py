@@ -10,7 +10,16 @@ import fused_ops
 from fused_ops import BackendUnavailable, decode_attention, explain
 from fused_ops.attention import reference
 from fused_ops.core import extension
-from tests.support import assert_accurate, error, leaves, noncontiguous, poisoned_memory, randn, value_and_gradients
+from tests.support import (
+    assert_accurate,
+    error,
+    leaves,
+    noncontiguous,
+    poisoned_memory,
+    randn,
+    threads,
+    value_and_gradients,
+)
 
 pytestmark = pytest.mark.skipif(not extension.has_kernel("decode_attention_cpu", "CPU"), reason="_C.so was not built")
 LANES = (16, 8, 4)  # AVX-512, AVX2, the compiler's default; a processor without one runs the next
@@ -114,13 +123,10 @@ def test_layouts():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_neighbours_and_threads_change_no_bit(dtype):
     q, k, v, lengths = make([700, 3, 257, 128, 1000], 2, 3, dim=40, dtype=dtype)
-    want, threads = kernel(q, k, v, lengths), torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 5):
-            torch.set_num_threads(count)
+    want = kernel(q, k, v, lengths)
+    for count in (1, 2, 3, 5):
+        with threads(count):
             assert torch.equal(kernel(q, k, v, lengths), want)
-    finally:
-        torch.set_num_threads(threads)
     for b in range(len(lengths)):
         alone = [t[b : b + 1] for t in (q, k, v)]
         assert torch.equal(kernel(*alone, lengths[b : b + 1])[0], want[b])

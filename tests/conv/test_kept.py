@@ -10,7 +10,7 @@ from torch import nn
 import fused_ops
 from fused_ops.conv import kept, op
 from fused_ops.core.dispatch import record
-from tests.support import assert_accurate, randn
+from tests.support import assert_accurate, randn, threads
 
 fingerprint = torch.ops.fused_ops.fingerprint_cpu
 
@@ -41,14 +41,10 @@ def test_places_lengths_and_borders_count():
 
 def test_threads_and_instruction_sets_agree():
     t = randn(300_001)
-    threads = torch.get_num_threads()
-    try:
-        found = set()
-        for count in (1, 2):
-            torch.set_num_threads(count)
+    found = set()
+    for count in (1, 2):
+        with threads(count):
             found |= {fingerprint([t], lanes) for lanes in (4, 8, 16)}
-    finally:
-        torch.set_num_threads(threads)
     assert len(found) == 1
 
 

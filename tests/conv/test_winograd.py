@@ -8,7 +8,7 @@ import fused_ops
 from fused_ops.conv import op, reference
 from fused_ops.core import extension
 from tests.conv.oracle import plain
-from tests.support import assert_accurate, randn
+from tests.support import assert_accurate, randn, threads
 
 pytestmark = pytest.mark.skipif(not extension.has_kernel("conv2d_cpu", "CPU"), reason="_C.so was not built")
 LANES = (16, 8, 4)
@@ -53,16 +53,11 @@ def test_every_remainder(layout, lanes):
                 assert_accurate(got, exact(*call, act="relu6"), terms=9 * channels + 3)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_filters_and_tiles_that_are_made_in_several_turns(threads):
+@pytest.mark.parametrize("count", [1, 2, 3], ids="{} threads".format)
+def test_filters_and_tiles_that_are_made_in_several_turns(count):
     x, w = last(randn(1, 512, 9, 8)), last(randn(200, 512, 3, 3, seed=1))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        got = kernel(x, w)
-    finally:
-        torch.set_num_threads(before)
-    assert_accurate(got, exact(x, w), terms=9 * 512)
+    with threads(count):
+        assert_accurate(kernel(x, w), exact(x, w), terms=9 * 512)
 
 
 @pytest.mark.parametrize("kind", ["normal", "positive", "far from 0", "of many sizes"])

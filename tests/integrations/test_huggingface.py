@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from fused_ops.core import dispatch
 from fused_ops.integrations import huggingface
-from tests.support import randn
+from tests.support import randn, threads
 
 huggingface.register()
 
@@ -37,10 +37,8 @@ DECODERS = {
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     """Everything here is tiny: a second thread would only be waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 def twins(model: str, config: str, settings: dict, **more):

@@ -11,7 +11,7 @@ from fused_ops.core.extension import has_kernel
 from fused_ops.rnn.reference import Tensors
 from tests.rnn.common import MODES, Case, poisoned, torch_with_lengths
 from tests.rnn.test_cells import CELLS, call, check_kernel, inputs
-from tests.support import assert_accurate, error, noncontiguous, poisoned_memory, randn
+from tests.support import assert_accurate, error, noncontiguous, poisoned_memory, randn, threads
 
 pytestmark = pytest.mark.skipif(not has_kernel("rnn_fwd_cpu", "CPU"), reason="_C.so was not built")
 
@@ -121,20 +121,15 @@ def test_a_rows_bits_do_not_depend_on_the_batch(hidden, mode, isa):
 @torch.no_grad()
 @pytest.mark.parametrize("mode", MODES)
 def test_threads_and_repetition_change_no_bit(mode, isa):
-    threads = torch.get_num_threads()
-    try:
-        for case in (
-            Case(mode, time=8, batch=2, inputs=300, hidden=260),
-            Case(mode, time=5, batch=11, inputs=40, hidden=70, layers=2),
-        ):
-            tensors = single(case)
-            results = []
-            for count in (1, 2, 3, 3):
-                torch.set_num_threads(count)
+    for case in (
+        Case(mode, time=8, batch=2, inputs=300, hidden=260),
+        Case(mode, time=5, batch=11, inputs=40, hidden=70, layers=2),
+    ):
+        tensors, results = single(case), []
+        for count in (1, 2, 3, 3):
+            with threads(count):
                 results.append(case.flat(*tensors, backend="cpu"))
-            assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
-    finally:
-        torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
 
 
 @torch.no_grad()

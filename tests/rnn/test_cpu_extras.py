@@ -12,7 +12,7 @@ from fused_ops.rnn import op, reference
 from fused_ops.rnn.reference import Static, Tensors
 from tests.rnn.common import MODES, Case
 from tests.rnn.extras import LENGTHS, SIZES, flat_call, packed
-from tests.support import assert_accurate, poisoned_memory, value_and_gradients
+from tests.support import assert_accurate, poisoned_memory, threads, value_and_gradients
 
 pytestmark = pytest.mark.skipif(not has_kernel("rnn_bwd_cpu", "CPU"), reason="_C.so was not built")
 
@@ -139,15 +139,12 @@ def test_a_rows_bits_do_not_depend_on_the_batch_nor_on_threads(case, extras, isa
         found = op.sequence_cpu(held, params, static, 0.0)
         return [*found, *torch.autograd.grad(sum(t.square().sum() for t in found), leaves)]
 
-    threads, whole = torch.get_num_threads(), bits(list(range(37)))
+    whole = bits(list(range(37)))
     for rows in ([0], [3, 4], list(range(8)), [36, 0, 12, 12]):
         assert all(torch.equal(a, b[..., rows, :]) for a, b in zip(bits(rows), whole, strict=True))
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
+    for count in (1, 3):
+        with threads(count):
             assert all(torch.equal(a, b) for a, b in zip(bits(list(range(37))), whole, strict=True))
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("extras", (("masks", "zones"), EVERYTHING), ids="+".join)
@@ -155,13 +152,10 @@ def test_a_rows_bits_do_not_depend_on_the_batch_nor_on_threads(case, extras, isa
 def test_panels_shared_between_threads_change_no_bit(case, extras):
     case = replace(case, time=4, batch=2, inputs=9, hidden=330)
     tensors, params, static = call_of(case, extras)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
+    results = []
+    for count in (1, 2, 2):
+        with threads(count):
             results.append(run(op.sequence_cpu, tensors, params, static, torch.float32))
-    finally:
-        torch.set_num_threads(threads)
     for part in range(2):
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(other[part], results[0][part], strict=True))

@@ -9,7 +9,7 @@ from torch import nn
 import fused_ops
 from fused_ops.core.extension import has_kernel
 from tests.rnn.common import MODES, Case, poisoned
-from tests.support import assert_accurate, noncontiguous, poisoned_memory, randn, value_and_gradients
+from tests.support import assert_accurate, noncontiguous, poisoned_memory, randn, threads, value_and_gradients
 
 pytestmark = pytest.mark.skipif(not has_kernel("rnn_bwd_cpu", "CPU"), reason="_C.so was not built")
 
@@ -132,19 +132,15 @@ def test_every_subset_of_inputs_and_outputs(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_threads_and_repetition_change_no_bit(mode, isa):
-    threads = torch.get_num_threads()
-    try:
-        for case in (
-            Case(mode, time=8, batch=2, inputs=150, hidden=260),
-            Case(mode, time=40, batch=11, inputs=40, hidden=70, layers=2, bidirectional=True),
-        ):
-            tensors, results = single(case), []
-            for count in (1, 2, 3, 3):
-                torch.set_num_threads(count)
+    for case in (
+        Case(mode, time=8, batch=2, inputs=150, hidden=260),
+        Case(mode, time=40, batch=11, inputs=40, hidden=70, layers=2, bidirectional=True),
+    ):
+        tensors, results = single(case), []
+        for count in (1, 2, 3, 3):
+            with threads(count):
                 results.append(value_and_gradients(lambda *t: case.flat(*t, backend="cpu"), tensors)[1])  # noqa: B023
-            assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
-    finally:
-        torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
 
 
 @pytest.mark.parametrize("mode", MODES)

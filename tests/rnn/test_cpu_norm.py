@@ -15,7 +15,7 @@ from tests.rnn.conftest import HAS
 from tests.rnn.extras import with_norms
 from tests.rnn.test_cpu_extras import EVERYTHING
 from tests.rnn.test_cpu_extras import check as check_extras
-from tests.support import assert_accurate, error, noncontiguous, poisoned_memory, randn, value_and_gradients
+from tests.support import assert_accurate, error, noncontiguous, poisoned_memory, randn, threads, value_and_gradients
 
 pytestmark = pytest.mark.skipif(not has_kernel("rnn_bwd_cpu", "CPU"), reason="_C.so was not built")
 
@@ -175,14 +175,11 @@ def test_a_rows_bits_do_not_depend_on_the_batch(hidden, mode, isa):
 def test_threads_and_repetition_change_no_bit(mode, size):
     """The second shape's panels are shared between threads."""
     case = Case(mode, time=6, inputs=30, **size, dtype=torch.float32)
-    tensors, threads, results = single(case), torch.get_num_threads(), []
-    try:
-        for count in (2, 1, 2, 3):
-            torch.set_num_threads(count)
+    tensors, results = single(case), []
+    for count in (2, 1, 2, 3):
+        with threads(count):
             found = call(case, tensors, "cpu")
             results.append([*found, *torch.autograd.grad(sum(t.square().sum() for t in found), tensors)])
-    finally:
-        torch.set_num_threads(threads)
     for again in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(again, results[0], strict=True))
 

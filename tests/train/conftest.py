@@ -3,7 +3,8 @@
 from importlib.util import find_spec
 
 import pytest
-import torch
+
+from tests.support import threads
 
 EXTRA = ("datasets", "optuna", "sklearn", "tensorboard", "tokenizers", "torchvision", "tqdm")
 collect_ignore_glob = [] if all(map(find_spec, EXTRA)) else ["test_*.py"]
@@ -21,7 +22,5 @@ def _cache(tmp_path_factory):
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     """What is trained here is tiny: a second thread would only be waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
