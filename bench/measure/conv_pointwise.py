@@ -7,7 +7,7 @@ modules one by one. `chains` are 1x1 convolutions with a batch norm and ReLU6 as
 smallest: eager is PyTorch's three modules, cpu the backend's conv_bn_act2d alone, both in CPU time on one thread, which
 a neighbour hardly disturbs. `chains_channels_last` are the same in channels_last, where cpu is the C++ kernel, which
 reads the weights as they are, and onednn the other way to serve them: oneDNN on weights kept between calls. `residuals`
-add a residual, and their output is about as large as a cache or larger. `--chains` measures the chains and keeps the rows.
+add a residual; their output is about as large as a cache, or larger. `--chains` measures chains and keeps the rows.
 """
 
 import argparse
